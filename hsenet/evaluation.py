@@ -1,0 +1,73 @@
+"""Running a model over a dataset for evaluation: embeddings and generated text."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from hsenet.metrics.retrieval import retrieval_metrics
+from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
+from processing_hsenet import HSENetProcessor
+
+
+@torch.no_grad()
+def embed(
+    model: HSENetCLIPModel, dataset: Dataset, collator: Callable, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """L2-normalised embeddings of volumes and texts, both `(num_rows, projection_dim)`, in the dataset's order."""
+    images, texts = [], []
+    for batch in DataLoader(dataset, batch_size, collate_fn=collator):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "index"}
+        outputs = model(**batch)
+        images.append(outputs.image_embeds.float().cpu())
+        texts.append(outputs.text_embeds.float().cpu())
+    return torch.cat(images), torch.cat(texts)
+
+
+def evaluate_retrieval(
+    model: HSENetCLIPModel, dataset: Dataset, collator: Callable, batch_size: int
+) -> dict[str, float]:
+    """Recalls while training, and the loss of the whole split as one batch."""
+    images, texts = embed(model, dataset, collator, batch_size)
+    logits = model.logit_scale.exp().item() * images @ texts.t()
+    labels = torch.arange(len(logits))
+    loss = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.t(), labels)) / 2
+    metrics = retrieval_metrics(images, texts, ks=(5,))
+    names = ("image_to_text_R@5", "text_to_image_R@5", "chance_R@5")
+    return {"loss": loss.item(), **{name: metrics[name] for name in names}}
+
+
+@torch.no_grad()
+def evaluate_language_loss(
+    model: HSENetForConditionalGeneration, dataset: Dataset, collator: Callable, batch_size: int
+) -> dict[str, float]:
+    """Mean next-token loss over all answer tokens of the split."""
+    total, count = 0.0, 0
+    for batch in DataLoader(dataset, batch_size, collate_fn=collator):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        num_targets = (batch["labels"][:, 1:] != -100).sum().item()
+        total += model(**batch).loss.item() * num_targets
+        count += num_targets
+    return {"loss": total / count}
+
+
+@torch.no_grad()
+def generate_answers(
+    model: HSENetForConditionalGeneration,
+    processor: HSENetProcessor,
+    dataset: Dataset,
+    batch_size: int,
+    max_new_tokens: int,
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Greedy answers to the `question` of each row (with cached tensors), in order, as `(row, answer)`."""
+    for examples in DataLoader(dataset, batch_size, collate_fn=list):
+        names = [name for name in ("pixel_values", "slice_features") if name in examples[0]]
+        volumes = {name: torch.stack([example[name] for example in examples]) for name in names}
+        prompts = [processor.plain_prompt(example["question"]) for example in examples]
+        inputs = {**processor.tokenize_prompts(prompts), **volumes}
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answers = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        yield from zip(examples, (answer.strip() for answer in answers), strict=True)

@@ -1,0 +1,103 @@
+"""Preprocessed volumes and frozen slice features on disk, computed once for all stages and epochs.
+
+Reading and resampling a scan, and running the 2D encoder over its slices, cost more than a training step and give the
+same tensors every time. `cache_volumes` writes them once, one file a volume, and continues where it was interrupted.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from modeling_hsenet import HSENetVisionModel
+from processing_hsenet import HSENetImageProcessor
+from reading_hsenet import read_volume
+
+
+class VolumeCache:
+    """Tensors by volume name: `pixel_values` (1, D, H, W) and, with a slice encoder, `slice_features` (S, width).
+
+    File names are hashes, because a volume's name may be a patient's.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, volume_name: str) -> Path:
+        return self.folder / f"{hashlib.sha256(volume_name.encode()).hexdigest()[:32]}.safetensors"
+
+    def __contains__(self, volume_name: str) -> bool:
+        return self.path(volume_name).exists()
+
+    def __getitem__(self, volume_name: str) -> dict[str, torch.Tensor]:
+        return {name: tensor.float() for name, tensor in load_file(self.path(volume_name)).items()}
+
+    def write(self, volume_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        path = self.path(volume_name)
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file(tensors, unfinished)
+        unfinished.rename(path)  # a file with the final name is always whole
+
+
+class _Scans(Dataset):
+    """Rows to preprocessed tensors; a scan that cannot be read stops the run, none is ever replaced."""
+
+    def __init__(self, rows: Sequence[dict], image_processor: HSENetImageProcessor):
+        self.rows = rows
+        self.image_processor = image_processor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, torch.Tensor]]:
+        return index, self.image_processor.process_volume(read_volume(self.rows[index]["volume"]))
+
+
+@torch.no_grad()
+def cache_volumes(
+    rows: Sequence[dict[str, Any]],
+    image_processor: HSENetImageProcessor,
+    slice_encoder: HSENetVisionModel | None,
+    cache_dir: str | Path,
+    accelerator: Accelerator,
+    num_workers: int = 0,
+) -> VolumeCache:
+    """
+    Args:
+        rows: with `volume_name` (unique) and `volume` (path or nibabel image); a name that repeats is done once.
+        image_processor ([`HSENetImageProcessor`]): its settings are part of the cache's key.
+        slice_encoder ([`HSENetVisionModel`], *optional*): frozen; its weights are part of the cache's key.
+        cache_dir: other settings or weights get another folder in it, so nothing stale is ever read.
+    """
+    cache = VolumeCache(Path(cache_dir) / _settings_key(image_processor, slice_encoder))
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    missing = list({row["volume_name"]: row for row in rows if row["volume_name"] not in cache}.values())
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    loader = DataLoader(_Scans(mine, image_processor), batch_size=None, num_workers=num_workers)
+    if slice_encoder is not None:
+        slice_encoder = slice_encoder.to(accelerator.device).eval()
+    for index, tensors in tqdm(loader, "volumes", disable=not mine or not accelerator.is_main_process):
+        cached = {"pixel_values": tensors["pixel_values"].half().contiguous()}
+        if slice_encoder is not None:
+            pictures = tensors["slice_pixel_values"].to(accelerator.device).unsqueeze(2)
+            cached["slice_features"] = slice_encoder(pictures).pooler_output.float().cpu()
+        cache.write(mine[index]["volume_name"], cached)
+    accelerator.wait_for_everyone()
+    return cache
+
+
+def _settings_key(image_processor: HSENetImageProcessor, slice_encoder: HSENetVisionModel | None) -> str:
+    digest = hashlib.sha256(json.dumps(image_processor.to_dict(), sort_keys=True, default=str).encode())
+    if slice_encoder is not None:
+        for name, tensor in sorted(slice_encoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

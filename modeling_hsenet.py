@@ -1,0 +1,800 @@
+# Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
+"""HSENet (arXiv 2506.09634) in PyTorch: everything that happens in a forward pass.
+
+Volumes enter as `pixel_values` (batch, 1, depth, height, width), axial slices as `slice_pixel_values`
+(batch, num_slices, 3, height, width). `HSENetVisionModel` is each of the three ViTs: the global 3D encoder, the
+local one (2E3), whose patches are weighed by a slice-guided scorer, and the 2D encoder of the slices.
+`HSENetCLIPModel` compares volumes with reports; `HSENetForConditionalGeneration` writes about volumes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput, can_return_tuple, torch_compilable_check
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+
+try:
+    from .configuration_hsenet import HSENetCLIPConfig, HSENetConfig, HSENetVisionConfig
+except ImportError:  # imported as a plain top-level module, not from the Hub cache
+    if __package__:
+        raise
+    from configuration_hsenet import HSENetCLIPConfig, HSENetConfig, HSENetVisionConfig
+
+
+@dataclass
+class HSENetVisionOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, 1 + num_patches, hidden_size)`): CLS first, then patches.
+        pooler_output (`torch.Tensor` of shape `(batch, hidden_size)`): the CLS token.
+        patch_scores (`torch.Tensor` of shape `(batch, *grid_size)`, *optional*):
+            Weight in (0, 1) that the slices give to each patch; only from an encoder with slice guidance.
+        slice_attentions (`torch.Tensor` of shape `(batch, num_patches, num_slices)`, *optional*):
+            How much each patch looked at each slice; only with eager attention.
+    """
+
+    patch_scores: torch.Tensor | None = None
+    slice_attentions: torch.Tensor | None = None
+
+
+@dataclass
+class HSENetCLIPOutput(ModelOutput):
+    """
+    Args:
+        logits_per_image (`torch.Tensor` of shape `(num_volumes, num_texts)`): cosines times the temperature.
+        logits_per_text (`torch.Tensor` of shape `(num_texts, num_volumes)`): their transpose.
+        image_embeds (`torch.Tensor` of shape `(num_volumes, projection_dim)`): L2-normalised.
+        text_embeds (`torch.Tensor` of shape `(num_texts, projection_dim)`): L2-normalised.
+        patch_scores (`torch.Tensor` of shape `(num_volumes, *grid_size)`, *optional*):
+            With `output_patch_scores=True`: the slices' weight on each patch.
+    """
+
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    patch_scores: torch.Tensor | None = None
+
+
+@dataclass
+class HSENetImageFeatures(BaseModelOutputWithPooling):
+    """
+    Args:
+        pooler_output (`torch.Tensor` of shape `(num_volumes, image_seq_length, text_hidden_size)`):
+            The packed tokens of each volume, global encoder first, as they enter the language model.
+        patch_scores (`torch.Tensor` of shape `(num_volumes, *grid_size)`, *optional*): of the local encoder.
+    """
+
+    patch_scores: torch.Tensor | None = None
+
+
+@dataclass
+class HSENetModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Args:
+        image_hidden_states (`torch.Tensor` of shape `(num_volumes, image_seq_length, text_hidden_size)`, *optional*).
+        patch_scores (`torch.Tensor` of shape `(num_volumes, *grid_size)`, *optional*).
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    patch_scores: torch.Tensor | None = None
+
+
+@dataclass
+class HSENetCausalLMOutputWithPast(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*): next-token cross-entropy over the labels that are not -100.
+        logits (`torch.Tensor` of shape `(batch, sequence_length, vocab_size)`).
+        past_key_values (`Cache`, *optional*).
+        image_hidden_states (`torch.Tensor` of shape `(num_volumes, image_seq_length, text_hidden_size)`, *optional*).
+        patch_scores (`torch.Tensor` of shape `(num_volumes, *grid_size)`, *optional*):
+            With `output_patch_scores=True`: the slices' weight on each patch of the local encoder.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    patch_scores: torch.Tensor | None = None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling  # (batch, heads, queries, keys)
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class HSENetPatchEmbeddings(nn.Module):
+    """Cuts a volume into patches, projects each and adds its learned position (paper section 3.1)."""
+
+    def __init__(self, config: HSENetVisionConfig):
+        super().__init__()
+        self.image_size = config.image_size
+        self.patch_size = config.patch_size
+        self.grid_size = config.grid_size
+        self.num_channels = config.num_channels
+        self.projection = nn.Linear(config.num_channels * prod(config.patch_size), config.hidden_size)
+        self.position_embeddings = nn.Parameter(torch.empty(1, config.num_patches, config.hidden_size))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        expected = (self.num_channels, *self.image_size)
+        if tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"Expected pixel values of shape (batch, {', '.join(map(str, expected))}), that is (batch, channels, "
+                f"depth, height, width), got {tuple(pixel_values.shape)}. Prepare volumes with the model's processor."
+            )
+        (grid_d, grid_h, grid_w), (patch_d, patch_h, patch_w) = self.grid_size, self.patch_size
+        # (batch, channel, grid_d, patch_d, grid_h, patch_h, grid_w, patch_w)
+        patches = pixel_values.reshape(-1, self.num_channels, grid_d, patch_d, grid_h, patch_h, grid_w, patch_w)
+        # (batch, grid_d, grid_h, grid_w, patch_d, patch_h, patch_w, channel): raster order, the channel fastest
+        patches = patches.permute(0, 2, 4, 6, 3, 5, 7, 1)
+        patches = patches.flatten(4).flatten(1, 3)  # (batch, num_patches, patch_dim)
+        return self.projection(patches.to(self.projection.weight.dtype)) + self.position_embeddings
+
+
+class HSENetAttention(nn.Module):
+    """Multi-head self-attention over CLS and patches."""
+
+    def __init__(self, config: HSENetVisionConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.attention_dropout
+        self.is_causal = False
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, length, hidden_size = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.dropout if self.training else 0.0
+        attended, weights = attention_interface(
+            self, query, key, value, None, dropout=dropout, scaling=self.scaling, is_causal=self.is_causal
+        )
+        return self.out_proj(attended.reshape(batch, length, hidden_size)), weights
+
+
+class HSENetMLP(nn.Module):
+    """Two linear layers around the activation."""
+
+    def __init__(self, config: HSENetVisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class HSENetEncoderLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: HSENetVisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = HSENetAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = HSENetMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attended, _ = self.attention(self.norm1(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.norm2(hidden_states))
+
+
+class HSENetCrossAttention(nn.Module):
+    """Single-head cross-attention of queries to a context of the same or another width, then LayerNorm.
+
+    The residual is the *projected* query, in the scorer and in the packers alike.
+    """
+
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, context_size: int, dropout: float, eps: float):
+        super().__init__()
+        self.config = config
+        self.dropout_rate = dropout
+        self.scaling = hidden_size**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(context_size, hidden_size)
+        self.v_proj = nn.Linear(context_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(hidden_size, eps=eps)
+
+    def forward(self, queries: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = self.q_proj(queries)  # (batch, num_queries, hidden_size)
+        key, value = self.k_proj(context), self.v_proj(context)  # (batch, num_keys, hidden_size)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.dropout_rate if self.training else 0.0
+        attended, weights = attention_interface(
+            self,
+            query.unsqueeze(1),
+            key.unsqueeze(1),
+            value.unsqueeze(1),
+            None,
+            dropout=dropout,
+            scaling=self.scaling,
+            is_causal=self.is_causal,
+        )
+        attended = self.out_proj(attended.reshape(query.shape))
+        weights = weights.squeeze(1) if weights is not None else None  # (batch, num_queries, num_keys)
+        return self.norm(query + self.dropout(attended)), weights
+
+
+class HSENetSliceGuidedScorer(nn.Module):
+    """Gives each 3D patch a weight in (0, 1) from what the 2D slices show (2E3, paper section 3.2)."""
+
+    def __init__(self, config: HSENetVisionConfig):
+        super().__init__()
+        self.attention = HSENetCrossAttention(
+            config, config.hidden_size, config.slice_hidden_size, config.scorer_dropout, config.layer_norm_eps
+        )
+        self.score_proj = nn.Linear(config.hidden_size, 1)
+
+    def forward(
+        self, patch_states: torch.Tensor, slice_features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        guided, weights = self.attention(patch_states, slice_features)
+        return torch.sigmoid(self.score_proj(guided)), weights  # (batch, num_patches, 1)
+
+
+class HSENetSpatialPacker(nn.Module):
+    """Packs each window of patches into one token: voxel-to-point cross-attention (paper section 3.3).
+
+    The window's mean is the query (point), its patches are keys and values (voxels).
+    """
+
+    def __init__(self, config: HSENetConfig, vision_config: HSENetVisionConfig):
+        super().__init__()
+        self.grid_size = vision_config.grid_size
+        self.window_size = config.packer_window_size
+        width, text_width = vision_config.hidden_size, config.text_config.hidden_size
+        self.attention = HSENetCrossAttention(
+            config, width, width, config.packer_dropout, vision_config.layer_norm_eps
+        )
+        self.fc1 = nn.Linear(width, text_width)
+        self.activation = ACT2FN[vision_config.hidden_act]
+        self.fc2 = nn.Linear(text_width, text_width)
+
+    def forward(self, patch_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        voxel_states = self.split_windows(patch_states)  # (batch * num_windows, window_patches, hidden_size)
+        point_states = voxel_states.mean(dim=1, keepdim=True)  # (batch * num_windows, 1, hidden_size)
+        packed, weights = self.attention(point_states, voxel_states)
+        packed = packed.reshape(patch_states.shape[0], -1, patch_states.shape[-1])  # (batch, num_windows, hidden_size)
+        return self.fc2(self.activation(self.fc1(packed))), weights
+
+    def split_windows(self, patch_states: torch.Tensor) -> torch.Tensor:
+        (grid_d, grid_h, grid_w), (win_d, win_h, win_w) = self.grid_size, self.window_size
+        # (batch, windows_d, win_d, windows_h, win_h, windows_w, win_w, hidden_size)
+        windows = patch_states.reshape(
+            -1, grid_d // win_d, win_d, grid_h // win_h, win_h, grid_w // win_w, win_w, patch_states.shape[-1]
+        )
+        # (batch, windows_d, windows_h, windows_w, win_d, win_h, win_w, hidden_size)
+        windows = windows.permute(0, 1, 3, 5, 2, 4, 6, 7)
+        return windows.flatten(4, 6).flatten(0, 3)
+
+
+class HSENetMultiModalProjector(nn.Module):
+    """One spatial packer for each 3D encoder; their tokens follow each other, global first."""
+
+    def __init__(self, config: HSENetConfig):
+        super().__init__()
+        self.global_packer = self.local_packer = None
+        if config.encoders != "local":
+            self.global_packer = HSENetSpatialPacker(config, config.vision_config)
+        if config.encoders != "global":
+            self.local_packer = HSENetSpatialPacker(config, config.local_vision_config)
+
+    def forward(self, global_states: torch.Tensor | None, local_states: torch.Tensor | None) -> torch.Tensor:
+        packed = []
+        if self.global_packer is not None:
+            packed.append(self.global_packer(global_states)[0])
+        if self.local_packer is not None:
+            packed.append(self.local_packer(local_states)[0])
+        return torch.cat(packed, dim=1)  # (batch, image_seq_length, text_hidden_size)
+
+
+class HSENetPreTrainedModel(PreTrainedModel):
+    config: PreTrainedConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HSENetEncoderLayer", "HSENetPatchEmbeddings", "HSENetSpatialPacker"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Linear: normal(0, initializer_range), zero bias. LayerNorm: 1, 0. Positions: truncated normal. CLS: 0."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, HSENetPatchEmbeddings):
+            init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, HSENetVisionModel):
+            init.zeros_(module.cls_token)
+        elif isinstance(module, HSENetCLIPModel):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+
+class HSENetVisionModel(HSENetPreTrainedModel):
+    """A ViT over volumes (or slices), with the slice-guided scorer when `config.slice_hidden_size` is set."""
+
+    config: HSENetVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _can_record_outputs = {"hidden_states": HSENetEncoderLayer, "attentions": HSENetAttention}
+
+    def __init__(self, config: HSENetVisionConfig):
+        super().__init__(config)
+        self.embeddings = HSENetPatchEmbeddings(config)
+        self.scorer = HSENetSliceGuidedScorer(config) if config.slice_hidden_size is not None else None
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.layers = nn.ModuleList([HSENetEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: torch.Tensor, slice_features: torch.Tensor | None = None, **kwargs
+    ) -> HSENetVisionOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, num_channels, *image_size)`).
+            slice_features (`torch.Tensor` of shape `(batch, num_slices, slice_hidden_size)`, *optional*):
+                Required by, and only for, an encoder with slice guidance.
+        """
+        self._check_slice_features(pixel_values, slice_features)
+        hidden_states = self.embeddings(pixel_values)  # (batch, num_patches, hidden_size)
+        patch_scores = slice_attentions = None
+        if self.scorer is not None:
+            scores, slice_attentions = self.scorer(hidden_states, slice_features.to(hidden_states.dtype))
+            hidden_states = hidden_states * scores
+            patch_scores = scores.reshape(-1, *self.config.grid_size)
+        # CLS has no position embedding and no score.
+        cls_token = self.cls_token.expand(hidden_states.shape[0], -1, -1)
+        hidden_states = torch.cat([cls_token, hidden_states], dim=1)  # (batch, 1 + num_patches, hidden_size)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.norm(hidden_states)
+        return HSENetVisionOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=hidden_states[:, 0],
+            patch_scores=patch_scores,
+            slice_attentions=slice_attentions,
+        )
+
+    def _check_slice_features(self, pixel_values: torch.Tensor, slice_features: torch.Tensor | None) -> None:
+        if self.scorer is None:
+            if slice_features is not None:
+                raise ValueError("This encoder has no slice guidance, but slice features were given: leave them out.")
+            return
+        if slice_features is None:
+            raise ValueError(
+                "This encoder is guided by 2D slices: pass slice_pixel_values (batch, num_slices, 3, height, width) "
+                "from the processor, or cached slice_features (batch, num_slices, slice_hidden_size)."
+            )
+        batch, width = pixel_values.shape[0], self.config.slice_hidden_size
+        if slice_features.ndim != 3 or slice_features.shape[0] != batch or slice_features.shape[2] != width:
+            raise ValueError(
+                f"Expected slice features of shape ({batch}, num_slices, {width}), got {tuple(slice_features.shape)}."
+            )
+
+
+class HSENetSliceGuidedModel(HSENetPreTrainedModel):
+    """What both models with slice guidance share: the frozen 2D encoder, run on every slice."""
+
+    def get_slice_features(self, slice_pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            slice_pixel_values (`torch.Tensor` of shape `(batch, num_slices, channels, height, width)`).
+
+        Returns:
+            `torch.Tensor` of shape `(batch, num_slices, slice_hidden_size)`: the CLS token of each slice.
+        """
+        if self.slice_encoder is None:
+            raise ValueError("This model has no slice guidance, but slices were given: leave slice_pixel_values out.")
+        if slice_pixel_values.ndim != 5 or slice_pixel_values.shape[1] != self.config.num_slices:
+            raise ValueError(
+                f"Expected slice_pixel_values of shape (batch, {self.config.num_slices}, channels, height, width), "
+                f"got {tuple(slice_pixel_values.shape)}."
+            )
+        pictures = slice_pixel_values.flatten(0, 1).unsqueeze(2)  # (batch * num_slices, channels, 1, height, width)
+        features = self.slice_encoder(pictures).pooler_output
+        return features.unflatten(0, slice_pixel_values.shape[:2])
+
+    def _slice_features(
+        self, slice_pixel_values: torch.Tensor | None, slice_features: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if slice_pixel_values is None:
+            return slice_features
+        if slice_features is not None:
+            raise ValueError("Pass slice_pixel_values or slice_features, not both.")
+        return self.get_slice_features(slice_pixel_values)
+
+
+class HSENetCLIPModel(HSENetSliceGuidedModel):
+    """Volumes and reports in one embedding space: stage 1 (global encoder) and stage 2 (2E3 encoder)."""
+
+    config: HSENetCLIPConfig
+    main_input_name = "pixel_values"
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: HSENetCLIPConfig):
+        super().__init__(config)
+        self.vision_model = HSENetVisionModel(config.vision_config)
+        self.slice_encoder = HSENetVisionModel(config.slice_config) if config.guidance == "slices" else None
+        # The report's embedding is the CLS token itself: BERT's pooler would be parameters that never train.
+        self.text_model = AutoModel.from_config(config.text_config, add_pooling_layer=False)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        slice_pixel_values: torch.Tensor | None = None,
+        slice_features: torch.Tensor | None = None,
+        **kwargs,
+    ) -> HSENetVisionOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_volumes, 1, depth, height, width)`).
+            slice_pixel_values (`torch.Tensor` of shape `(num_volumes, num_slices, 3, height, width)`, *optional*).
+            slice_features (`torch.Tensor` of shape `(num_volumes, num_slices, slice_hidden_size)`, *optional*).
+
+        Returns:
+            [`HSENetVisionOutput`]: `pooler_output` is the projected embedding `(num_volumes, projection_dim)`, not
+            normalised.
+        """
+        slice_features = self._slice_features(slice_pixel_values, slice_features)
+        vision_outputs = self.vision_model(pixel_values, slice_features, **kwargs)
+        vision_outputs.pooler_output = self.visual_projection(vision_outputs.pooler_output)
+        return vision_outputs
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            input_ids (`torch.Tensor` of shape `(num_texts, sequence_length)`).
+            attention_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*).
+
+        Returns:
+            [`BaseModelOutputWithPooling`]: `pooler_output` is the projected embedding `(num_texts, projection_dim)`,
+            not normalised.
+        """
+        text_outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=text_outputs.last_hidden_state,
+            pooler_output=self.text_projection(text_outputs.last_hidden_state[:, 0]),
+            hidden_states=text_outputs.hidden_states,
+            attentions=text_outputs.attentions,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        slice_pixel_values: torch.Tensor | None = None,
+        slice_features: torch.Tensor | None = None,
+        output_patch_scores: bool = False,
+        **kwargs,
+    ) -> HSENetCLIPOutput:
+        """
+        Args:
+            input_ids (`torch.Tensor` of shape `(num_texts, sequence_length)`).
+            pixel_values (`torch.Tensor` of shape `(num_volumes, 1, depth, height, width)`).
+            attention_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*).
+            slice_pixel_values (`torch.Tensor` of shape `(num_volumes, num_slices, 3, height, width)`, *optional*).
+            slice_features (`torch.Tensor` of shape `(num_volumes, num_slices, slice_hidden_size)`, *optional*).
+            output_patch_scores (`bool`): whether to return the slices' weights on the patch grid.
+        """
+        image_outputs = self.get_image_features(pixel_values, slice_pixel_values, slice_features)
+        text_outputs = self.get_text_features(input_ids, attention_mask)
+        image_embeds = nn.functional.normalize(image_outputs.pooler_output, dim=-1)
+        text_embeds = nn.functional.normalize(text_outputs.pooler_output, dim=-1)
+        logits_per_image = self.logit_scale.exp() * image_embeds @ text_embeds.t()
+        return HSENetCLIPOutput(
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_image.t(),
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            patch_scores=image_outputs.patch_scores if output_patch_scores else None,
+        )
+
+
+class HSENetModel(HSENetSliceGuidedModel):
+    """Both 3D encoders, the packers and the language model, without its output head."""
+
+    config: HSENetConfig
+
+    def __init__(self, config: HSENetConfig):
+        super().__init__(config)
+        self.global_encoder = self.local_encoder = self.slice_encoder = None
+        if config.encoders != "local":
+            self.global_encoder = HSENetVisionModel(config.vision_config)
+        if config.encoders != "global":
+            self.local_encoder = HSENetVisionModel(config.local_vision_config)
+            self.slice_encoder = HSENetVisionModel(config.slice_config)
+        self.multi_modal_projector = HSENetMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        slice_pixel_values: torch.Tensor | None = None,
+        slice_features: torch.Tensor | None = None,
+        **kwargs,
+    ) -> HSENetImageFeatures:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_volumes, 1, depth, height, width)`).
+            slice_pixel_values (`torch.Tensor` of shape `(num_volumes, num_slices, 3, height, width)`, *optional*).
+            slice_features (`torch.Tensor` of shape `(num_volumes, num_slices, slice_hidden_size)`, *optional*).
+        """
+        global_states = local_states = patch_scores = None
+        if self.global_encoder is not None:
+            global_states = self.global_encoder(pixel_values).last_hidden_state[:, 1:]  # patches without CLS
+        if self.local_encoder is not None:
+            slice_features = self._slice_features(slice_pixel_values, slice_features)
+            local_outputs = self.local_encoder(pixel_values, slice_features)
+            local_states, patch_scores = local_outputs.last_hidden_state[:, 1:], local_outputs.patch_scores
+        packed = self.multi_modal_projector(global_states, local_states)
+        return HSENetImageFeatures(pooler_output=packed, patch_scores=patch_scores)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Where the packed tokens go, `(batch, sequence_length)`; their number must be the number of placeholders."""
+        if input_ids is None:
+            token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token_id)).all(dim=-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        num_tokens, num_features = mask.sum(), image_features.shape[0] * image_features.shape[1]
+        torch_compilable_check(
+            num_tokens == num_features,
+            f"The text has {num_tokens} image placeholders, but {image_features.shape[0]} volume(s) give "
+            f"{num_features} tokens. Prepare text and volumes together with the model's processor.",
+        )
+        return mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        slice_pixel_values: torch.Tensor | None = None,
+        slice_features: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs,
+    ) -> HSENetModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        # generate() encodes the volumes once, before it copies the inputs for beams, and hands them over here.
+        image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs is not None else None
+        if image_outputs is None and pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, slice_pixel_values, slice_features)
+        if image_outputs is not None:
+            image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return HSENetModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features if image_outputs is not None else None,
+            patch_scores=image_outputs.patch_scores if image_outputs is not None else None,
+        )
+
+
+class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
+    """Writes reports and answers questions about CT volumes."""
+
+    config: HSENetConfig
+    _auto_class = "AutoModel"
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: HSENetConfig):
+        super().__init__(config)
+        if config.text_config.model_type in _TEXT_MODELS_WITH_OTHER_HEADS:
+            raise ValueError(
+                f"text_config is a {config.text_config.model_type!r} model, whose output head is not a bias-free "
+                "linear layer: choose another causal language model (Phi-3/4, Llama, Qwen, Mistral, Gemma, ...)."
+            )
+        self.model = HSENetModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            # The embedding is `embed_tokens` in most language models, but `wte` in GPT-2, for example.
+            embeddings = self.model.language_model.get_input_embeddings()
+            name = next(name for name, module in self.model.language_model.named_modules() if module is embeddings)
+            self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
+        self.post_init()
+
+    @property
+    def slice_encoder(self) -> HSENetVisionModel | None:
+        return self.model.slice_encoder
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        # `_auto_class` names one Auto class; all of these load the same model.
+        auto_classes = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM")
+        self.config.auto_map = {name: "modeling_hsenet.HSENetForConditionalGeneration" for name in auto_classes}
+        super().save_pretrained(*args, **kwargs)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        slice_pixel_values: torch.Tensor | None = None,
+        slice_features: torch.Tensor | None = None,
+        **kwargs,
+    ) -> HSENetImageFeatures:
+        """As [`HSENetModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, slice_pixel_values, slice_features, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        slice_pixel_values: torch.Tensor | None = None,
+        slice_features: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        logits_to_keep: int = 0,
+        output_patch_scores: bool = False,
+        **kwargs,
+    ) -> HSENetCausalLMOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch, sequence_length)`, *optional*):
+                With `config.image_seq_length` placeholders (`config.image_token_id`) for each volume.
+            pixel_values (`torch.Tensor` of shape `(num_volumes, 1, depth, height, width)`, *optional*).
+            attention_mask (`torch.Tensor` of shape `(batch, sequence_length)`, *optional*).
+            labels (`torch.Tensor` of shape `(batch, sequence_length)`, *optional*): -100 where there is no loss.
+            slice_pixel_values (`torch.Tensor` of shape `(num_volumes, num_slices, 3, height, width)`, *optional*).
+            slice_features (`torch.Tensor` of shape `(num_volumes, num_slices, slice_hidden_size)`, *optional*).
+            mm_encoder_outputs (`dict`, *optional*): `{"image": get_image_features(...)}`, instead of the volumes.
+            logits_to_keep (`int`): compute only the last so many logits; 0: all.
+            output_patch_scores (`bool`): whether to return the slices' weights on the patch grid.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            slice_pixel_values=slice_pixel_values,
+            slice_features=slice_features,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])  # -0 keeps all
+        logits = _scale_logits(logits, self.config.text_config)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return HSENetCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            patch_scores=outputs.patch_scores if output_patch_scores else None,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs
+    ) -> dict:
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("is_first_iteration") and mask is not None and mask.ndim == 2 and (mask[:, -1] == 0).any():
+            raise ValueError(
+                "Expected prompts padded on the left, got padding on the right: the answer would follow the padding. "
+                "Prepare the batch with the model's processor."
+            )
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        # Once the prompt is in the cache the volumes are too; without a cache every step reads them again.
+        if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
+            for name in ("pixel_values", "slice_pixel_values", "slice_features", "mm_encoder_outputs"):
+                model_inputs.pop(name, None)
+        return model_inputs
+
+
+# Families whose language-model head cannot be rebuilt from `AutoModel` and one bias-free linear layer.
+_TEXT_MODELS_WITH_OTHER_HEADS = ("phi", "codegen", "gptj")
+
+
+def _scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
+    """The last step of Cohere's, Granite's and Gemma's heads, which `AutoModel` leaves out."""
+    if getattr(text_config, "logit_scale", None) is not None:
+        logits = logits * text_config.logit_scale
+    if getattr(text_config, "logits_scaling", None) is not None:
+        logits = logits / text_config.logits_scaling
+    if getattr(text_config, "final_logit_softcapping", None) is not None:
+        logits = torch.tanh(logits / text_config.final_logit_softcapping) * text_config.final_logit_softcapping
+    return logits
+
+
+__all__ = ["HSENetCLIPModel", "HSENetForConditionalGeneration", "HSENetModel", "HSENetVisionModel"]

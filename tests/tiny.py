@@ -1,0 +1,105 @@
+"""Tiny real configurations, tokenizers and scans for the tests: the package's own classes at small sizes."""
+
+import numpy as np
+import torch
+from configuration_hsenet import HSENetCLIPConfig, HSENetConfig
+from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
+from processing_hsenet import HSENetImageProcessor, HSENetProcessor
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+
+IMAGE_SIZE, PATCH_SIZE, WINDOW = (8, 32, 32), (2, 8, 8), (1, 2, 2)
+NUM_SLICES, SLICE_SIZE = 4, (16, 16)
+
+VISION = {
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+SLICES = {
+    **VISION,
+    "image_size": (1, *SLICE_SIZE),
+    "patch_size": (1, 8, 8),
+    "num_channels": 3,
+    "hidden_size": 24,
+    "qkv_bias": True,
+}
+SENTENCES = [
+    "Can you summarize with findings the images presented?",
+    "There is a nodule of 12 mm in the left lower lobe.",
+    "No pleural effusion or consolidation is seen.",
+    "Is there a pericardial effusion? yes no",
+    "The heart is enlarged; trachea and main bronchi are open.",
+]
+
+
+def tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<image>", "[CLS]", "[PAD]"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator(SENTENCES, trainer)
+    tokens = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{**tokens, **special_tokens}, additional_special_tokens=["<image>"]
+    )
+
+
+def text_config(model_type: str = "phi3", **changes) -> dict:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    heads = {"num_key_value_heads": 2} if model_type != "bert" else {}
+    return {"model_type": model_type, **sizes, **ids, **heads, "initializer_range": 0.2, **changes}
+
+
+def clip_model(guidance: str = "none", **changes) -> HSENetCLIPModel:
+    torch.manual_seed(0)
+    slices = {"slice_config": SLICES, "num_slices": NUM_SLICES} if guidance == "slices" else {}
+    config = HSENetCLIPConfig(
+        guidance=guidance,
+        vision_config=VISION,
+        text_config=text_config("bert", max_position_embeddings=64),
+        projection_dim=16,
+        **{**slices, **changes},
+    )
+    return HSENetCLIPModel(config).eval()
+
+
+def generation_model(**changes) -> HSENetForConditionalGeneration:
+    torch.manual_seed(0)
+    settings = {
+        "vision_config": VISION,
+        "slice_config": SLICES,
+        "num_slices": NUM_SLICES,
+        "text_config": text_config(),
+        "packer_window_size": WINDOW,
+        "image_token_id": 1,
+        "initializer_range": 0.2,
+    }
+    return HSENetForConditionalGeneration(HSENetConfig(**{**settings, **changes})).eval()
+
+
+def image_processor(**changes) -> HSENetImageProcessor:
+    settings = {"image_size": IMAGE_SIZE, "num_slices": NUM_SLICES, "slice_size": SLICE_SIZE}
+    return HSENetImageProcessor(**{**settings, **changes})
+
+
+def processor(model: HSENetForConditionalGeneration | None = None) -> HSENetProcessor:
+    length = model.config.image_seq_length if model is not None else None
+    return HSENetProcessor(image_processor(), tokenizer(), image_seq_length=length)
+
+
+def scan(seed: int = 0, shape: tuple[int, int, int] = (10, 40, 36)) -> np.ndarray:
+    """A lopsided body of soft tissue with an air cavity, in HU, (D, H, W)."""
+    generator = np.random.default_rng(seed)
+    array = np.full(shape, -1000, dtype=np.float32)
+    depth, height, width = shape
+    array[:, height // 8 : -height // 8, width // 8 : -width // 4] = 40
+    array[depth // 3 :, height // 4 : height // 2, width // 4 : width // 2] = -850
+    return array + generator.normal(0, 15, shape).astype(np.float32)

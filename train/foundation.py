@@ -1,0 +1,181 @@
+"""Small stand-ins, trained from nothing, for the pretrained parts that a machine without the Hub cannot download.
+
+    accelerate launch train/foundation.py --config train/configs/quickstart/foundation.yaml
+
+Writes three folders into the output directory, from the texts and volumes of the training split only:
+
+- `text_encoder` for bert-base-uncased: a small BERT with its tokenizer, trained on masked words;
+- `slice_encoder` for BiomedCLIP's 2D trunk: a small ViT, trained to tell from axial slices what the scan shows;
+- `language_model` for Phi-4-mini: a small Phi-3 with its tokenizer, trained on reports, questions and answers as text.
+
+With real weights at hand none of this is needed: give their names to the three stages instead.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DataCollatorForLanguageModeling,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from configuration_hsenet import HSENetVisionConfig
+from hsenet.data import load_rows, report_text
+from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
+from modeling_hsenet import HSENetVisionModel
+from processing_hsenet import HSENetImageProcessor
+from reading_hsenet import read_volume
+
+
+@dataclass
+class ModelArguments:
+    text_config: dict = field(default_factory=dict, metadata={"help": "Sizes of the text encoder (BertConfig)."})
+    text_vocab_size: int = field(default=1000)
+    text_steps: int = field(default=300)
+    slice_config: dict = field(default_factory=dict, metadata={"help": "Sizes of the 2D encoder."})
+    num_slices: int = field(default=32)
+    slice_steps: int = field(default=300)
+    language_config: dict = field(default_factory=dict, metadata={"help": "Sizes of the language model."})
+    language_vocab_size: int = field(default=1000)
+    language_steps: int = field(default=300)
+
+
+def wordpiece_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    special["mask_token"] = "[MASK]"
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(special.values()))
+    backend.train_from_iterator(texts, trainer)
+    ids = [(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def byte_pair_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    end = "<|endoftext|>"  # BOS, EOS and padding at once, as in Phi-4-mini
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[end, "<image>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end, eos_token=end, pad_token=end)
+
+
+def train_text_encoder(
+    texts: list[str], arguments: ModelArguments, data: DataArguments, training: TrainingArguments, run: Accelerator
+) -> None:
+    tokenizer = wordpiece_tokenizer(texts, arguments.text_vocab_size)
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=data.max_length, **arguments.text_config)
+    rows = [tokenizer(text, truncation=True, max_length=data.max_length) for text in texts]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, seed=training.seed)
+    loader = DataLoader(rows, training.batch_size, shuffle=True, drop_last=True, collate_fn=collator)
+    training.max_steps = arguments.text_steps
+    model = train(run, BertForMaskedLM(config), loader, _language_loss, lambda model: {}, training)
+    model.bert.save_pretrained(Path(training.output_dir) / "text_encoder")
+    tokenizer.save_pretrained(Path(training.output_dir) / "text_encoder")
+
+
+class SliceLabeller(nn.Module):
+    """The 2D encoder with a head: a scan shows a finding if any of its slices does."""
+
+    def __init__(self, config: HSENetVisionConfig, num_labels: int):
+        super().__init__()
+        self.encoder = HSENetVisionModel(config)
+        self.head = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, slices: torch.Tensor) -> torch.Tensor:
+        features = self.encoder(slices.flatten(0, 1).unsqueeze(2)).pooler_output.unflatten(0, slices.shape[:2])
+        return self.head(features).amax(dim=1)  # (batch, num_labels)
+
+
+def train_slice_encoder(
+    rows: list[dict], arguments: ModelArguments, data: DataArguments, training: TrainingArguments, run: Accelerator
+) -> None:
+    config = HSENetVisionConfig(**arguments.slice_config)
+    image_processor = HSENetImageProcessor(
+        image_size=(1, 1, 1), num_slices=arguments.num_slices, slice_size=config.image_size[1:]
+    )
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        volumes = [image_processor.process_volume(read_volume(row["volume"])) for row in rows]
+        labels = torch.tensor([row["labels"] for row in rows], dtype=torch.float32)
+        return {"slices": torch.stack([volume["slice_pixel_values"] for volume in volumes]), "labels": labels}
+
+    def compute_loss(model: nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        logits = model(batch["slices"])
+        return nn.functional.binary_cross_entropy_with_logits(logits, batch["labels"]), {}
+
+    loader = DataLoader(
+        rows, 16, shuffle=True, drop_last=True, collate_fn=collate, num_workers=data.num_workers
+    )
+    training.max_steps = arguments.slice_steps
+    model = SliceLabeller(config, num_labels=len(rows[0]["labels"]))
+    model = train(run, model, loader, compute_loss, lambda model: {}, training)
+    model.encoder.save_pretrained(Path(training.output_dir) / "slice_encoder")
+
+
+def train_language_model(
+    texts: list[str], arguments: ModelArguments, data: DataArguments, training: TrainingArguments, run: Accelerator
+) -> None:
+    tokenizer = byte_pair_tokenizer(texts, arguments.language_vocab_size)
+    end = tokenizer.eos_token_id
+    config = Phi3Config(
+        vocab_size=len(tokenizer),
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        tie_word_embeddings=True,
+        max_position_embeddings=data.max_length,
+        **arguments.language_config,
+    )
+    rows = [[end, *tokenizer(text, add_special_tokens=False)["input_ids"], end][: data.max_length] for text in texts]
+
+    def collate(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        length = max(map(len, rows))
+        input_ids = torch.tensor([row + [end] * (length - len(row)) for row in rows])
+        labels = torch.tensor([row + [-100] * (length - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+    loader = DataLoader(rows, training.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
+    training.max_steps = arguments.language_steps
+    model = train(run, Phi3ForCausalLM(config), loader, _language_loss, lambda model: {}, training)
+    model.save_pretrained(Path(training.output_dir) / "language_model")
+    tokenizer.save_pretrained(Path(training.output_dir) / "language_model")
+
+
+def _language_loss(model: nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    return model(**batch).loss, {}
+
+
+def _texts(reports: list[dict], questions: list[dict], fields: tuple[str, ...]) -> Iterator[str]:
+    yield from dict.fromkeys(report_text(row, fields) for row in reports)
+    yield from dict.fromkeys(f"{row['question']} {row['answer']}" for row in questions)
+
+
+def main(model_arguments: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
+    accelerator = start(training, model=asdict(model_arguments), data=asdict(data))
+    reports = load_rows(data.dataset, "reports", data.train_split, data.max_train_rows)
+    questions = load_rows(data.dataset, "vqa", data.train_split, data.max_train_rows)
+    fields = tuple(data.report_fields)
+    train_text_encoder(list(_texts(reports, [], fields)), model_arguments, data, training, accelerator)
+    train_slice_encoder(reports, model_arguments, data, training, accelerator)
+    train_language_model(list(_texts(reports, questions, fields)), model_arguments, data, training, accelerator)
+
+
+if __name__ == "__main__":
+    main(*parse_arguments(ModelArguments, DataArguments, TrainingArguments))

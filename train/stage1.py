@@ -1,0 +1,95 @@
+"""Stage 1: volumes and reports into one space, with the global 3D encoder (paper section 3.1).
+
+    accelerate launch train/stage1.py --config train/configs/quickstart/stage1.yaml
+    accelerate launch --num_processes 8 train/stage1.py --config train/configs/paper/stage1.yaml --dataset DIR
+
+Needs `pip install -e ".[train]"`. The output directory loads with `AutoModel.from_pretrained(DIR)`.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from configuration_hsenet import HSENetCLIPConfig
+from hsenet.collators import ContrastiveCollator
+from hsenet.data import VolumeRows, load_rows, report_text
+from hsenet.evaluation import evaluate_retrieval
+from hsenet.losses import global_similarity, image_text_contrastive_loss
+from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
+from hsenet.volume_cache import cache_volumes
+from modeling_hsenet import HSENetCLIPModel
+from processing_hsenet import HSENetImageProcessor, HSENetProcessor
+
+
+@dataclass
+class ModelArguments:
+    text_encoder: str = field(default="bert-base-uncased", metadata={"help": "Pretrained text encoder and tokenizer."})
+    vision_config: dict = field(default_factory=dict, metadata={"help": "Sizes that differ from the paper's."})
+    projection_dim: int = field(default=768)
+    logit_scale_init_value: float = field(default=2.6592, metadata={"help": "Log of the starting temperature."})
+    max_logit_scale: float = field(default=4.6052, metadata={"help": "The log temperature stays below: ln 100."})
+
+
+def main(model_arguments: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
+    accelerator = start(training, model=asdict(model_arguments), data=asdict(data))
+
+    ###########
+    # Model   #
+    ###########
+    tokenizer = AutoTokenizer.from_pretrained(model_arguments.text_encoder)
+    config = HSENetCLIPConfig(
+        guidance="none",
+        vision_config=model_arguments.vision_config,
+        text_config=AutoConfig.from_pretrained(model_arguments.text_encoder),
+        projection_dim=model_arguments.projection_dim,
+        logit_scale_init_value=model_arguments.logit_scale_init_value,
+    )
+    model = HSENetCLIPModel(config)
+    text_model = AutoModel.from_pretrained(model_arguments.text_encoder, add_pooling_layer=False)
+    model.text_model.load_state_dict(text_model.state_dict())
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    image_processor = HSENetImageProcessor(image_size=config.vision_config.image_size, num_slices=0)
+
+    ###########
+    # Dataset #
+    ###########
+    train_rows = load_rows(data.dataset, "reports", data.train_split, data.max_train_rows)
+    eval_rows = load_rows(data.dataset, "reports", data.eval_split, data.max_eval_rows)
+    for row in train_rows + eval_rows:
+        row["text"] = report_text(row, tuple(data.report_fields))
+    cache = cache_volumes(
+        train_rows + eval_rows, image_processor, None, data.cache_dir, accelerator, data.num_workers
+    )
+    collator = ContrastiveCollator(tokenizer, data.max_length)
+    loader = DataLoader(
+        VolumeRows(train_rows, cache), training.batch_size, shuffle=True, drop_last=True, collate_fn=collator
+    )
+
+    ############
+    # Training #
+    ############
+    def compute_loss(model: torch.nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        batch.pop("index")
+        log_scale = accelerator.unwrap_model(model).logit_scale
+        with torch.no_grad():
+            log_scale.clamp_(max=model_arguments.max_logit_scale)
+        outputs = model(**batch)
+        similarity = global_similarity(outputs.image_embeds, outputs.text_embeds)
+        loss = image_text_contrastive_loss(similarity, log_scale.exp())
+        return loss, {"logit_scale": log_scale.exp().item()}
+
+    def evaluate(model: HSENetCLIPModel) -> dict[str, float]:
+        return evaluate_retrieval(model, VolumeRows(eval_rows, cache), collator, training.batch_size)
+
+    model = train(accelerator, model, loader, compute_loss, evaluate, training)
+    if accelerator.is_main_process:
+        model.save_pretrained(training.output_dir)
+        HSENetProcessor(image_processor, tokenizer).save_pretrained(training.output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*parse_arguments(ModelArguments, DataArguments, TrainingArguments))

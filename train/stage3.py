@@ -1,0 +1,152 @@
+"""Stage 3: both encoders frozen, a spatial packer for each, a language model with LoRA (paper section 3.3).
+
+    accelerate launch train/stage3.py --config train/configs/quickstart/stage3.yaml
+    accelerate launch --num_processes 8 train/stage3.py --config train/configs/paper/stage3_report.yaml --dataset DIR \
+        --stage1 outputs/stage1 --stage2 outputs/stage2 --language_model microsoft/Phi-4-mini-instruct
+
+Needs `pip install -e ".[train]"`. The output directory loads with `AutoModel.from_pretrained(DIR)`, LoRA merged; the
+adapter alone lies in its folder `adapter`.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from configuration_hsenet import HSENetConfig
+from hsenet.collators import ReportCollator
+from hsenet.data import SimilarLengthSampler, VolumeRows, generation_rows, load_rows
+from hsenet.evaluation import evaluate_language_loss
+from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
+from hsenet.volume_cache import cache_volumes
+from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
+from processing_hsenet import HSENetProcessor
+
+
+IMAGE_TOKEN = "<image>"
+
+
+@dataclass
+class ModelArguments:
+    stage1: str = field(default="", metadata={"help": "Trained stage 1: the global encoder."})
+    stage2: str = field(default="", metadata={"help": "Trained stage 2: the local encoder and the slice encoder."})
+    language_model: str = field(default="microsoft/Phi-4-mini-instruct")
+    encoders: Literal["both", "global", "local"] = field(default="both")
+    packer_window_size: list[int] = field(default_factory=lambda: [1, 4, 4])
+    packer_dropout: float = field(default=0.1)
+    tasks: list[str] = field(default_factory=lambda: ["reports", "vqa"])
+    lora_r: int = field(default=16)
+    lora_alpha: int = field(default=32)
+    lora_dropout: float = field(default=0.05)
+
+
+def assemble(
+    stage1: HSENetCLIPModel, stage2: HSENetCLIPModel, arguments: ModelArguments
+) -> tuple[HSENetForConditionalGeneration, PreTrainedTokenizerBase]:
+    """Both trained encoders and the language model in one model; only the packers are new."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    language_model = AutoModelForCausalLM.from_pretrained(arguments.language_model)
+    if len(tokenizer) > language_model.config.vocab_size:
+        language_model.resize_token_embeddings(len(tokenizer))
+    config = HSENetConfig(
+        encoders=arguments.encoders,
+        vision_config=stage1.config.vision_config.to_dict(),
+        local_vision_config=stage2.config.vision_config.to_dict(),
+        slice_config=stage2.config.slice_config.to_dict(),
+        text_config=language_model.config.to_dict(),
+        packer_window_size=arguments.packer_window_size,
+        packer_dropout=arguments.packer_dropout,
+        num_slices=stage2.config.num_slices,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        initializer_range=stage1.config.initializer_range,
+    )
+    model = HSENetForConditionalGeneration(config)
+    if arguments.encoders != "local":
+        model.model.global_encoder.load_state_dict(stage1.vision_model.state_dict())
+    if arguments.encoders != "global":
+        model.model.local_encoder.load_state_dict(stage2.vision_model.state_dict())
+        model.model.slice_encoder.load_state_dict(stage2.slice_encoder.state_dict())
+    model.model.language_model.load_state_dict(language_model.base_model.state_dict())
+    model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+    model.generation_config = language_model.generation_config
+    return model, tokenizer
+
+
+def with_lora(model: HSENetForConditionalGeneration, arguments: ModelArguments) -> nn.Module:
+    """LoRA on every linear layer of the language model, as the paper; the packers train in full."""
+    backbone = "model.language_model"
+    linear = [
+        f"{backbone}.{name}"
+        for name, module in model.get_submodule(backbone).named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    peft_config = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=linear,
+        modules_to_save=["multi_modal_projector"],
+    )
+    return get_peft_model(model, peft_config)
+
+
+def main(model_arguments: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
+    accelerator = start(training, model=asdict(model_arguments), data=asdict(data))
+
+    ###########
+    # Model   #
+    ###########
+    stage1 = HSENetCLIPModel.from_pretrained(model_arguments.stage1)
+    stage2 = HSENetCLIPModel.from_pretrained(model_arguments.stage2)
+    image_processor = HSENetProcessor.from_pretrained(model_arguments.stage2).image_processor
+    model, tokenizer = assemble(stage1, stage2, model_arguments)
+    processor = HSENetProcessor(image_processor, tokenizer, image_seq_length=model.config.image_seq_length)
+    model = with_lora(model, model_arguments)
+    if training.gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable()
+
+    ###########
+    # Dataset #
+    ###########
+    rows = {}
+    for split, limit in ((data.train_split, data.max_train_rows), (data.eval_split, data.max_eval_rows)):
+        reports = load_rows(data.dataset, "reports", split, limit)
+        questions = load_rows(data.dataset, "vqa", split, limit) if "vqa" in model_arguments.tasks else []
+        cache = cache_volumes(
+            reports + questions, image_processor, stage2.slice_encoder, data.cache_dir, accelerator, data.num_workers
+        )
+        reports = reports if "reports" in model_arguments.tasks else []
+        rows[split] = generation_rows(reports, questions, tuple(data.report_fields))
+    train_rows, eval_rows = rows[data.train_split], rows[data.eval_split]
+    collator = ReportCollator(processor, data.max_length)
+    sampler = SimilarLengthSampler([len(row["answer"]) for row in train_rows], training.batch_size, training.seed)
+    loader = DataLoader(
+        VolumeRows(train_rows, cache), training.batch_size, sampler=sampler, drop_last=True, collate_fn=collator
+    )
+
+    ############
+    # Training #
+    ############
+    def compute_loss(model: nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        return model(**batch).loss, {}
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        return evaluate_language_loss(model, VolumeRows(eval_rows, cache), collator, training.batch_size)
+
+    model = train(accelerator, model, loader, compute_loss, evaluate, training)
+    if accelerator.is_main_process:
+        model.save_pretrained(Path(training.output_dir) / "adapter")
+        model.merge_and_unload().save_pretrained(training.output_dir)
+        processor.save_pretrained(training.output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*parse_arguments(ModelArguments, DataArguments, TrainingArguments))
