@@ -5,6 +5,7 @@
 `HSENetConfig` the model that writes reports and answers questions. Sizes are always in the order depth, height, width.
 """
 
+from copy import deepcopy
 from math import prod
 from typing import Literal
 
@@ -155,14 +156,21 @@ class HSENetConfig(PreTrainedConfig):
         self.packer_window_size = _three_sizes("packer_window_size", self.packer_window_size)
         self.text_config = _text_config(self.text_config, default=_phi4_mini_config)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
-        # A configuration that no module uses would only confuse, so each exists exactly with its encoder.
-        self.vision_config = _vision_config(self.vision_config) if self.encoders != "local" else None
+        self.vision_config = _vision_config(self.vision_config)
+        if self.vision_config.slice_hidden_size is not None:
+            raise ValueError(
+                f"vision_config is the global encoder's, without slice guidance, got slice_hidden_size "
+                f"{self.vision_config.slice_hidden_size}: pass a 2E3 encoder's as local_vision_config."
+            )
         if self.encoders != "global":
             self.slice_config = _slice_config(self.slice_config)
-            self.local_vision_config = _vision_config(self.local_vision_config or self._global_sizes())
+            self.local_vision_config = _vision_config(self.local_vision_config or self.vision_config)
             self.local_vision_config.slice_hidden_size = self.slice_config.hidden_size
-        else:
+        # A configuration that no module uses would only confuse, so each exists exactly with its encoder.
+        if self.encoders == "global":
             self.slice_config = self.local_vision_config = None
+        if self.encoders == "local":
+            self.vision_config = None
         for encoder in self._encoder_configs():
             if any(grid % window for grid, window in zip(encoder.grid_size, self.packer_window_size, strict=True)):
                 raise ValueError(
@@ -170,9 +178,6 @@ class HSENetConfig(PreTrainedConfig):
                     f"{self.packer_window_size}."
                 )
         super().__post_init__(**kwargs)
-
-    def _global_sizes(self) -> dict | None:
-        return self.vision_config.to_dict() if self.vision_config is not None else None
 
     def _encoder_configs(self) -> list[HSENetVisionConfig]:
         return [config for config in (self.vision_config, self.local_vision_config) if config is not None]
@@ -190,7 +195,9 @@ def _three_sizes(name: str, sizes: list[int] | tuple[int, ...]) -> tuple[int, ..
 
 
 def _vision_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
-    return HSENetVisionConfig(**config) if isinstance(config, dict) else config or HSENetVisionConfig()
+    if config is None or isinstance(config, dict):
+        return HSENetVisionConfig(**(config or {}))
+    return deepcopy(config)  # `slice_hidden_size` is set on it; the caller's own, of another model perhaps, stays
 
 
 def _slice_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:

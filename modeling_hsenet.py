@@ -695,7 +695,7 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
     def save_pretrained(self, *args, **kwargs) -> None:
         # `_auto_class` names one Auto class; all of these load the same model.
         auto_classes = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM")
-        self.config.auto_map = {name: "modeling_hsenet.HSENetForConditionalGeneration" for name in auto_classes}
+        self.config.auto_map = dict.fromkeys(auto_classes, "modeling_hsenet.HSENetForConditionalGeneration")
         super().save_pretrained(*args, **kwargs)
 
     def get_image_features(

@@ -69,7 +69,7 @@ class HSENetImageProcessor(BaseImageProcessor):
         if slice_selection not in ("uniform", "slab_mean"):
             raise ValueError(f"slice_selection should be 'uniform' or 'slab_mean', got {slice_selection!r}.")
         self.slice_selection = slice_selection
-        self.image_mean = _numbers("image_mean", image_mean, len(image_mean))
+        self.image_mean = tuple(image_mean)
         self.image_std = _numbers("image_std", image_std, len(self.image_mean))
 
     def __call__(self, images: Any, **kwargs) -> BatchFeature:
@@ -133,7 +133,7 @@ class HSENetImageProcessor(BaseImageProcessor):
 
     def _slice_pixel_values(self, array: torch.Tensor, field_of_view: list[tuple[float, float]]) -> torch.Tensor:
         (start, extent), *in_plane = field_of_view
-        select = _plane_weights if self.slice_selection == "uniform" else _resampling_weights
+        select = _plane_weights if self.slice_selection == "uniform" else _slab_weights
         slices = _apply_window(array, self.slice_hu_window)
         slices = _resample(slices, 0, select(array.shape[0], start, extent, self.num_slices))
         for axis, ((start, extent), samples) in enumerate(zip(in_plane, self.slice_size, strict=True), start=1):
@@ -213,7 +213,7 @@ class HSENetProcessor(ProcessorMixin):
             scans = _flatten(volumes)
             if texts is not None:
                 texts = self._match_texts(list(texts), len(scans))
-            features.update(self.image_processor(scans, affine=affine, spacing=spacing, **images_kwargs))
+            features.update(self.image_processor(scans, **{"affine": affine, "spacing": spacing, **images_kwargs}))
         elif texts is not None and self.image_seq_length is not None:
             self._match_texts(list(texts), 0)
         if texts is not None:
@@ -428,6 +428,15 @@ def _plane_weights(length: int, start: float, extent: float, samples: int) -> to
     planes = start + torch.linspace(0, extent - 1, samples, dtype=torch.float64)
     planes = planes.round()
     return (torch.arange(length, dtype=torch.float64) == planes.unsqueeze(1)).float()
+
+
+def _slab_weights(length: int, start: float, extent: float, samples: int) -> torch.Tensor:
+    """`(samples, length)`: the share of each plane in each of the equal slabs; nothing lies outside the scan."""
+    step = extent / samples
+    lower = start + torch.arange(samples, dtype=torch.float64).unsqueeze(1) * step
+    planes = torch.arange(length, dtype=torch.float64)
+    shared = torch.minimum(planes + 1, lower + step) - torch.maximum(planes, lower)
+    return (shared.clamp(min=0) / step).float()
 
 
 def _resample(array: torch.Tensor, axis: int, weights: torch.Tensor) -> torch.Tensor:

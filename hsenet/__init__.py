@@ -2,6 +2,7 @@
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -22,6 +23,8 @@ AutoModel.register(HSENetCLIPConfig, HSENetCLIPModel)
 AutoModel.register(HSENetConfig, HSENetForConditionalGeneration)
 AutoModelForImageTextToText.register(HSENetConfig, HSENetForConditionalGeneration)
 AutoModelForCausalLM.register(HSENetConfig, HSENetForConditionalGeneration)
+AutoImageProcessor.register(HSENetCLIPConfig, slow_image_processor_class=HSENetImageProcessor)
+AutoImageProcessor.register(HSENetConfig, slow_image_processor_class=HSENetImageProcessor)
 AutoProcessor.register(HSENetCLIPConfig, HSENetProcessor)
 AutoProcessor.register(HSENetConfig, HSENetProcessor)
 

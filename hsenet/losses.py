@@ -1,7 +1,7 @@
 """The contrastive loss over all processes and the semantic-consistency loss of stage 2.
 
-Both take one process's embeddings and look at the global batch. Each process takes the cross-entropy (or squared error)
-of its own rows only; averaged over processes, as DDP does with gradients, that is the loss of the global batch.
+Both take one process's embeddings and look at the global batch. Each process takes the cross-entropy (or squared
+error) of its own rows only; averaged over processes, as DDP does with gradients, that is the loss of the global batch.
 """
 
 from dataclasses import dataclass

@@ -6,9 +6,9 @@ import matplotlib
 import torch
 
 
-matplotlib.use("Agg")  # figures go to files; a display may be missing
+matplotlib.use("Agg")  # before pyplot is imported: figures go to files, a display may be missing
 
-from matplotlib import pyplot as plt  # noqa: E402  the backend has to be chosen before
+from matplotlib import pyplot as plt
 
 
 def save_patch_scores(

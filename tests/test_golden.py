@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+
 from configuration_hsenet import HSENetConfig, HSENetVisionConfig
 from modeling_hsenet import HSENetSpatialPacker, HSENetVisionModel
-from safetensors import safe_open
 
 
 DATA = Path(__file__).parent / "data"
@@ -40,7 +41,7 @@ def load_golden(name: str, names: dict[str, str]) -> tuple[dict, dict, dict]:
     """The configuration, our state dict, and the recorded inputs and outputs."""
     with safe_open(DATA / f"{name}.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  safe_open is no dict
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
     weights = {key[2:]: tensors.pop(key) for key in list(tensors) if key.startswith("w.")}
     for source, target in names.items():
         weights = {key.replace(source, target): value for key, value in weights.items()}

@@ -2,11 +2,12 @@
 
 import numpy as np
 import torch
-from configuration_hsenet import HSENetCLIPConfig, HSENetConfig
-from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
-from processing_hsenet import HSENetImageProcessor, HSENetProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from configuration_hsenet import HSENetCLIPConfig, HSENetConfig, HSENetVisionConfig
+from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration, HSENetVisionModel
+from processing_hsenet import HSENetImageProcessor, HSENetProcessor
 
 
 IMAGE_SIZE, PATCH_SIZE, WINDOW = (8, 32, 32), (2, 8, 8), (1, 2, 2)
@@ -19,6 +20,7 @@ VISION = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "initializer_range": 0.2,  # so that a change of the input shows in the output
 }
 SLICES = {
     **VISION,
@@ -43,7 +45,9 @@ def tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<image>", "[CLS]", "[PAD]"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(SENTENCES, trainer)
     tokens = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     return PreTrainedTokenizerFast(
@@ -56,6 +60,11 @@ def text_config(model_type: str = "phi3", **changes) -> dict:
     ids = {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     heads = {"num_key_value_heads": 2} if model_type != "bert" else {}
     return {"model_type": model_type, **sizes, **ids, **heads, "initializer_range": 0.2, **changes}
+
+
+def vision_model(**changes) -> HSENetVisionModel:
+    torch.manual_seed(0)
+    return HSENetVisionModel(HSENetVisionConfig(**{**VISION, **changes})).eval()
 
 
 def clip_model(guidance: str = "none", **changes) -> HSENetCLIPModel:

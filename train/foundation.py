@@ -119,9 +119,7 @@ def train_slice_encoder(
         logits = model(batch["slices"])
         return nn.functional.binary_cross_entropy_with_logits(logits, batch["labels"]), {}
 
-    loader = DataLoader(
-        rows, 16, shuffle=True, drop_last=True, collate_fn=collate, num_workers=data.num_workers
-    )
+    loader = DataLoader(rows, 16, shuffle=True, drop_last=True, collate_fn=collate, num_workers=data.num_workers)
     training.max_steps = arguments.slice_steps
     model = SliceLabeller(config, num_labels=len(rows[0]["labels"]))
     model = train(run, model, loader, compute_loss, lambda model: {}, training)

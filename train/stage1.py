@@ -60,9 +60,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     eval_rows = load_rows(data.dataset, "reports", data.eval_split, data.max_eval_rows)
     for row in train_rows + eval_rows:
         row["text"] = report_text(row, tuple(data.report_fields))
-    cache = cache_volumes(
-        train_rows + eval_rows, image_processor, None, data.cache_dir, accelerator, data.num_workers
-    )
+    cache = cache_volumes(train_rows + eval_rows, image_processor, None, data.cache_dir, accelerator, data.num_workers)
     collator = ContrastiveCollator(tokenizer, data.max_length)
     loader = DataLoader(
         VolumeRows(train_rows, cache), training.batch_size, shuffle=True, drop_last=True, collate_fn=collator
