@@ -4,19 +4,19 @@
 PYTHON ?= python3
 OUTPUT ?= outputs/quickstart
 THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
-# 1500 patients' worth of phantoms by default; smaller numbers give a faster and worse run.
-TRAIN_STUDIES ?= 2400
+CONFIGS ?= train/configs/quickstart
+# Smaller numbers give a faster and worse run. Spacing in mm along x, y, z.
+TRAIN_STUDIES ?= 3000
+SPACING ?= 3.75 3.75 6
 
 BIN := $(CURDIR)/.venv/bin
 # Without `--num_cpu_threads_per_process`, accelerate gives a CPU process one thread.
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(THREADS)
-QUICKSTART := train/configs/quickstart
 
 .PHONY: quickstart test clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $@
 
@@ -26,12 +26,13 @@ test: .venv/installed
 quickstart: .venv/installed
 	@date "+%T install finished, quickstart starts"
 	$(BIN)/python datasets_scripts/build_phantom.py --output $(OUTPUT)/phantoms \
-	  --train-studies $(TRAIN_STUDIES) --validation-studies 100 --test-studies 200 --workers $(THREADS)
-	$(LAUNCH) train/foundation.py --config $(QUICKSTART)/foundation.yaml
-	$(LAUNCH) train/stage1.py --config $(QUICKSTART)/stage1.yaml
-	$(LAUNCH) train/stage2.py --config $(QUICKSTART)/stage2.yaml
-	$(LAUNCH) train/stage3.py --config $(QUICKSTART)/stage3.yaml
-	$(BIN)/python train/evaluate.py --config $(QUICKSTART)/evaluate.yaml
+	  --train-studies $(TRAIN_STUDIES) --validation-studies 100 --test-studies 200 --workers $(THREADS) \
+	  --spacing $(SPACING)
+	$(LAUNCH) train/foundation.py --config $(CONFIGS)/foundation.yaml
+	$(LAUNCH) train/stage1.py --config $(CONFIGS)/stage1.yaml
+	$(LAUNCH) train/stage2.py --config $(CONFIGS)/stage2.yaml
+	$(LAUNCH) train/stage3.py --config $(CONFIGS)/stage3.yaml
+	$(BIN)/python train/evaluate.py --config $(CONFIGS)/evaluate.yaml
 	$(BIN)/python datasets_scripts/fetch_demo_ct.py --output $(OUTPUT)/demo_ct
 	@echo "A fresh process, outside the repository, without the Hub: a held-out phantom, then a real chest CT."
 	@echo "(The real scan only shows that real files go through: a model trained on phantoms knows no real disease.)"

@@ -28,6 +28,7 @@ class HSENetImageProcessor(BaseImageProcessor):
     Args:
         image_size (`tuple[int, int, int]`): depth, height, width of `pixel_values`; the model's `image_size`.
         hu_window (`tuple[float, float]`): HU that become 0 and 1 in `pixel_values`; values outside are clipped.
+        volume_mean, volume_std (`float`): subtracted from and divided into the windowed volume; the paper's 0 and 1.
         spacing (`tuple[float, float, float]`, *optional*):
             Millimetres between voxels of `pixel_values` along depth, height, width. The field of view is then
             `image_size * spacing`, centred on the body and padded with the window's lower end. `None` (the paper's
@@ -48,6 +49,8 @@ class HSENetImageProcessor(BaseImageProcessor):
         self,
         image_size: tuple[int, int, int] = (32, 256, 256),
         hu_window: tuple[float, float] = (-1000, 200),
+        volume_mean: float = 0.0,
+        volume_std: float = 1.0,
         spacing: tuple[float, float, float] | None = None,
         crop_to_body: bool = True,
         num_slices: int = 32,
@@ -61,6 +64,8 @@ class HSENetImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         self.image_size = _numbers("image_size", image_size, 3)
         self.hu_window = _window("hu_window", hu_window)
+        self.volume_mean = volume_mean
+        self.volume_std = volume_std
         self.spacing = _numbers("spacing", spacing, 3) if spacing is not None else None
         self.crop_to_body = crop_to_body
         self.num_slices = num_slices
@@ -90,8 +95,8 @@ class HSENetImageProcessor(BaseImageProcessor):
             return_tensors (`str`, *optional*): `"pt"` or `"np"`.
 
         Returns:
-            [`BatchFeature`]: `pixel_values` `(num_volumes, 1, depth, height, width)` in [0, 1] and, if `num_slices`,
-            `slice_pixel_values` `(num_volumes, num_slices, channels, height, width)`.
+            [`BatchFeature`]: `pixel_values` `(num_volumes, 1, depth, height, width)`, in [0, 1] by default,
+            and, if `num_slices`, `slice_pixel_values` `(num_volumes, num_slices, channels, height, width)`.
         """
         scans = _flatten(images)
         affines = _per_scan("affine", affine, len(scans), rank=2)
@@ -129,7 +134,7 @@ class HSENetImageProcessor(BaseImageProcessor):
         resampled = _apply_window(array, self.hu_window)
         for axis, ((start, extent), samples) in enumerate(zip(field_of_view, self.image_size, strict=True)):
             resampled = _resample(resampled, axis, _resampling_weights(array.shape[axis], start, extent, samples))
-        return resampled.unsqueeze(0)
+        return (resampled.unsqueeze(0) - self.volume_mean) / self.volume_std
 
     def _slice_pixel_values(self, array: torch.Tensor, field_of_view: list[tuple[float, float]]) -> torch.Tensor:
         (start, extent), *in_plane = field_of_view

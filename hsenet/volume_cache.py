@@ -5,6 +5,7 @@ same tensors every time. `cache_volumes` writes them once, one file a volume, an
 """
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Sequence
@@ -95,7 +96,12 @@ def cache_volumes(
 
 
 def _settings_key(image_processor: HSENetImageProcessor, slice_encoder: HSENetVisionModel | None) -> str:
-    digest = hashlib.sha256(json.dumps(image_processor.to_dict(), sort_keys=True, default=str).encode())
+    # Its arguments only: `to_dict` of a loaded processor holds more than that of the same processor before saving.
+    names = [
+        name for name in inspect.signature(HSENetImageProcessor.__init__).parameters if name in vars(image_processor)
+    ]
+    settings = {name: getattr(image_processor, name) for name in names}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     if slice_encoder is not None:
         for name, tensor in sorted(slice_encoder.state_dict().items()):
             digest.update(name.encode())

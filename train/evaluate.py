@@ -75,8 +75,10 @@ def shuffled_volumes(rows: list[dict], seed: int) -> list[dict]:
 def answers_to(
     rows: list[dict], model: Any, processor: HSENetProcessor, cache: VolumeCache, arguments: EvaluationArguments
 ) -> list[str]:
-    # Questions of one length pad nothing, and the answers are as long as each other: sorted, then put back.
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["question"]))
+    # Reports apart from questions, which are answered in a few tokens, and questions of one length together.
+    order = sorted(
+        range(len(rows)), key=lambda index: (rows[index]["question_type"] == "report", len(rows[index]["question"]))
+    )
     dataset = VolumeRows([rows[index] for index in order], cache)
     generated = generate_answers(model, processor, dataset, arguments.batch_size, arguments.max_new_tokens)
     answers = dict(zip(order, (answer for _, answer in generated), strict=True))

@@ -4,7 +4,8 @@
 
 Writes three folders into the output directory, from the texts and volumes of the training split only:
 
-- `text_encoder` for bert-base-uncased: a small BERT with its tokenizer, trained on masked words;
+- `text_encoder` for bert-base-uncased: a small BERT with its tokenizer, trained to match the findings of a report with
+  its impression;
 - `slice_encoder` for BiomedCLIP's 2D trunk: a small ViT, trained to tell from axial slices what the scan shows;
 - `language_model` for Phi-4-mini: a small Phi-3 with its tokenizer, trained on reports, questions and answers as text.
 
@@ -22,15 +23,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
-    DataCollatorForLanguageModeling,
+    BertModel,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 from configuration_hsenet import HSENetVisionConfig
-from hsenet.data import load_rows, report_text
+from hsenet.data import SimilarLengthSampler, load_rows, report_text
+from hsenet.losses import global_similarity, image_text_contrastive_loss
 from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
 from modeling_hsenet import HSENetVisionModel
 from processing_hsenet import HSENetImageProcessor
@@ -75,17 +76,38 @@ def byte_pair_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end, eos_token=end, pad_token=end)
 
 
+class FindingsMatcher(nn.Module):
+    """The text encoder with a projection: findings and impression of one report lie close to each other."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.encoder = BertModel(config, add_pooling_layer=False)
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, **tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(self.projection(self.encoder(**tokens).last_hidden_state[:, 0]), dim=-1)
+
+
 def train_text_encoder(
-    texts: list[str], arguments: ModelArguments, data: DataArguments, training: TrainingArguments, run: Accelerator
+    rows: list[dict], arguments: ModelArguments, data: DataArguments, training: TrainingArguments, run: Accelerator
 ) -> None:
-    tokenizer = wordpiece_tokenizer(texts, arguments.text_vocab_size)
+    tokenizer = wordpiece_tokenizer([report_text(row) for row in rows], arguments.text_vocab_size)
     config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=data.max_length, **arguments.text_config)
-    rows = [tokenizer(text, truncation=True, max_length=data.max_length) for text in texts]
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, seed=training.seed)
-    loader = DataLoader(rows, training.batch_size, shuffle=True, drop_last=True, collate_fn=collator)
+    temperature = torch.tensor(14.0)
+
+    def collate(rows: list[dict]) -> dict[str, dict[str, torch.Tensor]]:
+        texts = {field: [report_text(row, (field,)) for row in rows] for field in ("findings", "impression")}
+        settings = {"padding": True, "truncation": True, "max_length": data.max_length, "return_tensors": "pt"}
+        return {name: dict(tokenizer(text, return_token_type_ids=False, **settings)) for name, text in texts.items()}
+
+    def compute_loss(model: nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        similarity = global_similarity(model(**batch["findings"]), model(**batch["impression"]))
+        return image_text_contrastive_loss(similarity, temperature.to(run.device)), {}
+
+    loader = DataLoader(rows, training.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     training.max_steps = arguments.text_steps
-    model = train(run, BertForMaskedLM(config), loader, _language_loss, lambda model: {}, training)
-    model.bert.save_pretrained(Path(training.output_dir) / "text_encoder")
+    model = train(run, FindingsMatcher(config), loader, compute_loss, lambda model: {}, training)
+    model.encoder.save_pretrained(Path(training.output_dir) / "text_encoder")
     tokenizer.save_pretrained(Path(training.output_dir) / "text_encoder")
 
 
@@ -149,7 +171,8 @@ def train_language_model(
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
         return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
-    loader = DataLoader(rows, training.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
+    sampler = SimilarLengthSampler([len(row) for row in rows], training.batch_size, training.seed)
+    loader = DataLoader(rows, training.batch_size, sampler=sampler, drop_last=True, collate_fn=collate)
     training.max_steps = arguments.language_steps
     model = train(run, Phi3ForCausalLM(config), loader, _language_loss, lambda model: {}, training)
     model.save_pretrained(Path(training.output_dir) / "language_model")
@@ -170,7 +193,8 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     reports = load_rows(data.dataset, "reports", data.train_split, data.max_train_rows)
     questions = load_rows(data.dataset, "vqa", data.train_split, data.max_train_rows)
     fields = tuple(data.report_fields)
-    train_text_encoder(list(_texts(reports, [], fields)), model_arguments, data, training, accelerator)
+    one_a_study = list({row["study_id"]: row for row in reports}.values())
+    train_text_encoder(one_a_study, model_arguments, data, training, accelerator)
     train_slice_encoder(reports, model_arguments, data, training, accelerator)
     train_language_model(list(_texts(reports, questions, fields)), model_arguments, data, training, accelerator)
 

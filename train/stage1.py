@@ -27,6 +27,9 @@ from processing_hsenet import HSENetImageProcessor, HSENetProcessor
 class ModelArguments:
     text_encoder: str = field(default="bert-base-uncased", metadata={"help": "Pretrained text encoder and tokenizer."})
     vision_config: dict = field(default_factory=dict, metadata={"help": "Sizes that differ from the paper's."})
+    image_processor: dict = field(
+        default_factory=dict, metadata={"help": "Preprocessing that differs from the paper."}
+    )
     projection_dim: int = field(default=768)
     logit_scale_init_value: float = field(default=2.6592, metadata={"help": "Log of the starting temperature."})
     max_logit_scale: float = field(default=4.6052, metadata={"help": "The log temperature stays below: ln 100."})
@@ -51,7 +54,9 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     model.text_model.load_state_dict(text_model.state_dict())
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    image_processor = HSENetImageProcessor(image_size=config.vision_config.image_size, num_slices=0)
+    image_processor = HSENetImageProcessor(
+        image_size=config.vision_config.image_size, num_slices=0, **model_arguments.image_processor
+    )
 
     ###########
     # Dataset #

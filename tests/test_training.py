@@ -1,0 +1,210 @@
+"""The training programs as users run them: real `accelerate launch`, real files, two processes, resumed runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).parents[1]
+TINY_VISION = {
+    "image_size": [16, 32, 32],
+    "patch_size": [8, 8, 8],
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+TINY_SLICES = {**TINY_VISION, "image_size": [1, 32, 32], "patch_size": [1, 16, 16], "num_channels": 3}
+TINY_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+COMMON = {"max_length": 320, "batch_size": 2, "logging_steps": 1, "learning_rate": 1e-3}
+
+
+def run(command: list[str], **environment: str) -> str:
+    """Runs a program outside the repository; its output is the failure's message."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/tmp", check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def launch(script: str, settings: dict, folder: Path, processes: int = 1, *overrides: str) -> str:
+    config = folder / f"{script}_{len(list(folder.glob('*.yaml')))}.yaml"
+    config.write_text(yaml.safe_dump({**COMMON, **settings}))
+    # `accelerate launch --cpu --num_processes 2` would silently start one process.
+    several = ["--multi_gpu"] if processes > 1 else []
+    port = ["--main_process_port", "29622"] if processes > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *several, *port]
+    command += [str(ROOT / "train" / f"{script}.py"), "--config", str(config), *overrides]
+    return run(command, ACCELERATE_USE_CPU="true")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    build = [str(ROOT / "datasets_scripts" / "build_phantom.py"), "--output", str(folder / "phantoms")]
+    sizes = ["--train-studies", "8", "--validation-studies", "3", "--test-studies", "4", "--workers", "1"]
+    run([sys.executable, *build, *sizes, "--spacing", "7.5", "7.5", "10"])
+    return folder
+
+
+def settings_for(workspace: Path, output: str, **changes) -> dict:
+    return {
+        "dataset": str(workspace / "phantoms"),
+        "output_dir": str(workspace / output),
+        "cache_dir": str(workspace / "cache"),
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def foundation(workspace) -> Path:
+    settings = settings_for(
+        workspace,
+        "foundation",
+        text_config=TINY_TEXT,
+        text_steps=2,
+        slice_config=TINY_SLICES,
+        num_slices=4,
+        slice_steps=1,
+        language_config={**TINY_TEXT, "num_key_value_heads": 2},
+        language_steps=2,
+    )
+    settings.pop("cache_dir")
+    launch("foundation", settings, workspace)
+    return workspace / "foundation"
+
+
+def stage1_settings(workspace: Path, foundation: Path, output: str, **changes) -> dict:
+    text_encoder = str(foundation / "text_encoder")
+    settings = settings_for(workspace, output, text_encoder=text_encoder, vision_config=TINY_VISION)
+    return {**settings, "projection_dim": 16, "num_train_epochs": 2, **changes}
+
+
+@pytest.fixture(scope="module")
+def stage1(workspace, foundation) -> Path:
+    launch("stage1", stage1_settings(workspace, foundation, "stage1", max_steps=3, save_steps=1), workspace, 2)
+    return workspace / "stage1"
+
+
+@pytest.fixture(scope="module")
+def stage2(workspace, foundation, stage1) -> Path:
+    encoder = {"stage1": str(stage1), "slice_encoder": str(foundation / "slice_encoder"), "num_slices": 4}
+    launch("stage2", settings_for(workspace, "stage2", **encoder, max_steps=2, save_steps=1), workspace, 2)
+    return workspace / "stage2"
+
+
+@pytest.fixture(scope="module")
+def stage3(workspace, foundation, stage1, stage2) -> Path:
+    settings = settings_for(
+        workspace,
+        "stage3",
+        stage1=str(stage1),
+        stage2=str(stage2),
+        language_model=str(foundation / "language_model"),
+        packer_window_size=[1, 2, 2],
+        max_steps=2,
+        save_steps=1,
+    )
+    launch("stage3", settings, workspace, 2)
+    return workspace / "stage3"
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
+def test_stage_trains_in_two_processes(stage, request):
+    folder = request.getfixturevalue(stage)
+    assert yaml.safe_load((folder / "run_config.yaml").read_text())["num_processes"] == 2
+    assert all(torch.isfinite(torch.tensor(loss)) for loss in losses(folder).values())
+    assert {"config.json", "model.safetensors", "processor_config.json", "modeling_hsenet.py"} <= {
+        path.name for path in folder.iterdir()
+    }
+
+
+def test_resumed_run_is_the_undisturbed_run(workspace, foundation, stage1):
+    """Stopped after two steps and continued: the same losses and the same weights."""
+    interrupted = stage1_settings(workspace, foundation, "resumed", save_steps=1, max_steps=3)
+    # The schedule must be that of three steps, so the stop is a checkpoint taken away, not another max_steps.
+    launch("stage1", interrupted, workspace, 2)
+    folder = workspace / "resumed"
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-2", "step-3"]
+    for path in (folder / "checkpoints" / "step-3").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    (folder / "checkpoints" / "step-3").rmdir()
+    (folder / "model.safetensors").unlink()
+    (folder / "log.jsonl").unlink()
+    printed = launch("stage1", interrupted, workspace, 2)
+    assert "Resumed from step-2" in printed
+    assert losses(folder) == {3: losses(stage1)[3]}
+    resumed, undisturbed = load_file(folder / "model.safetensors"), load_file(stage1 / "model.safetensors")
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+
+
+def test_stage2_starts_from_stage1_and_keeps_the_slice_encoder(stage1, stage2, foundation):
+    first, second = load_file(stage1 / "model.safetensors"), load_file(stage2 / "model.safetensors")
+    slices = load_file(foundation / "slice_encoder" / "model.safetensors")
+    assert set(second) - set(first) == {name for name in second if "scorer" in name or "slice_encoder" in name}
+    assert all(torch.equal(second[f"slice_encoder.{name}"], tensor) for name, tensor in slices.items())
+    moved = (second["vision_model.layers.0.mlp.fc1.weight"] - first["vision_model.layers.0.mlp.fc1.weight"]).abs()
+    assert 0 < moved.max() < 0.01  # two steps from stage 1, not a new initialisation
+
+
+def test_stage3_trains_packers_and_lora_only(stage1, stage2, stage3, foundation):
+    merged = load_file(stage3 / "model.safetensors")
+    for prefix, source, module in (
+        ("model.global_encoder.", stage1, "vision_model."),
+        ("model.local_encoder.", stage2, "vision_model."),
+        ("model.slice_encoder.", stage2, "slice_encoder."),
+    ):
+        weights = load_file(source / "model.safetensors")
+        frozen = {name.removeprefix(module): tensor for name, tensor in weights.items() if name.startswith(module)}
+        assert frozen and all(torch.equal(merged[prefix + name], tensor) for name, tensor in frozen.items())
+    language_model = load_file(foundation / "language_model" / "model.safetensors")
+    embeddings = "embed_tokens.weight"
+    assert torch.equal(merged[f"model.language_model.{embeddings}"], language_model[f"model.{embeddings}"])
+    name = "layers.0.self_attn.qkv_proj.weight"
+    assert not torch.equal(merged[f"model.language_model.{name}"], language_model[f"model.{name}"])
+    adapter = load_file(stage3 / "adapter" / "adapter_model.safetensors")
+    assert all("lora_" in name or "multi_modal_projector" in name for name in adapter)
+
+
+def test_evaluation_scores_all_tasks_beside_their_floors(workspace, stage1, stage2, stage3):
+    settings = {
+        "dataset": str(workspace / "phantoms"),
+        "cache_dir": str(workspace / "cache"),
+        "stage1": str(stage1),
+        "stage2": str(stage2),
+        "model": str(stage3),
+        "output_dir": str(workspace / "evaluation"),
+        "max_new_tokens": 8,
+    }
+    config = workspace / "evaluate.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    printed = run([sys.executable, str(ROOT / "train" / "evaluate.py"), "--config", str(config)])
+    metrics = json.loads((workspace / "evaluation" / "metrics.json").read_text())
+    assert metrics["num_studies"] == 4 and metrics["stage2"]["num_candidates"] == 4
+    assert 0 < metrics["floors"]["constant_report"]["constant_labels_f1_macro"] <= 1
+    assert metrics["model"]["report"]["num_reports"] == metrics["shuffled_volumes"]["report"]["num_reports"] == 4
+    predictions = (workspace / "evaluation" / "predictions.jsonl").read_text().splitlines()
+    assert len(predictions) == 4 + metrics["num_questions"]
+    for word in ("stage1 retrieval", "stage2 retrieval", "findings_f1_macro", "accuracy"):
+        assert word in printed
+
+
+def test_unknown_setting_in_the_configuration_file_is_an_error(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("learning_rat: 0.1\n")
+    command = [sys.executable, str(ROOT / "train" / "stage1.py"), "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "learning_rat" in done.stderr
