@@ -337,9 +337,10 @@ class HSENetPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HSENetEncoderLayer", "HSENetPatchEmbeddings", "HSENetSpatialPacker"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
+    # Scorer and packers have one head as wide as the encoder: wider than FlashAttention's and flex's kernels take.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
     _supports_sdpa = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 

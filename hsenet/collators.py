@@ -66,6 +66,10 @@ class ReportCollator:
             **_stack_volumes(examples),
         }
 
+    def num_truncated(self, rows: list[dict[str, Any]]) -> int:
+        """How many rows lose the end of their answer."""
+        return sum(self.tokenize(row)[0][-1] != self.tokenizer.eos_token_id for row in rows)
+
     def tokenize(self, example: dict[str, Any]) -> tuple[list[int], int]:
         """Token ids of one row, cut to `max_length`, and how many of them are prompt."""
         prompt = self.processor.plain_prompt(example["question"])

@@ -1,11 +1,12 @@
 """Dataset rows to examples: one report with its volume, or one question with its volume and answer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
+from huggingface_hub import snapshot_download
 
 from hsenet.volume_cache import VolumeCache
 
@@ -21,19 +22,24 @@ REPORT_PROMPTS = (
 
 def load_rows(dataset: str, name: str, split: str, max_rows: int | None = None) -> list[dict[str, Any]]:
     """
-    Rows of one configuration ("reports", "vqa") of a local dataset folder or a Hub dataset.
+    Rows of one configuration ("reports", "vqa") of a local dataset folder or a Hub dataset, with their number `row`.
 
-    A column `volume` with paths relative to a local folder is made absolute; a column of the `Nifti` feature already
-    holds images.
+    A column `volume` with paths relative to the dataset's folder is made absolute (a Hub dataset is downloaded); a
+    column of the `Nifti` feature already holds images.
     """
     rows: Dataset = load_dataset(dataset, name, split=split)
     if max_rows is not None:
         rows = rows.select(range(min(max_rows, len(rows))))
-    root = Path(dataset)
-    return [
-        {**row, "volume": str(root / row["volume"])} if isinstance(row["volume"], str) and root.is_dir() else row
-        for row in rows
-    ]
+    numbered = [{**row, "row": number} for number, row in enumerate(rows)]
+    if numbered and isinstance(numbered[0]["volume"], str):
+        root = Path(dataset) if Path(dataset).is_dir() else Path(snapshot_download(dataset, repo_type="dataset"))
+        numbered = [{**row, "volume": str(root / row["volume"])} for row in numbered]
+    return numbered
+
+
+def one_per_study(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first reconstruction of each study: siblings share a report, so each would be the other's wrong answer."""
+    return list({row["study_id"]: row for row in reversed(rows)}.values())[::-1]
 
 
 def report_text(row: dict[str, Any], fields: tuple[str, ...] = ("findings", "impression")) -> str:
@@ -58,12 +64,37 @@ def generation_rows(
 
 
 class VolumeRows(torch.utils.data.Dataset):
-    """Rows joined with their cached tensors: `{**row, "pixel_values": ..., "slice_features": ...}`."""
+    """
+    Rows joined with their cached tensors: `{**row, "pixel_values": ..., "slice_features": ...}`.
 
-    def __init__(self, rows: list[dict[str, Any]], cache: VolumeCache, *, with_slices: bool = True):
+    Args:
+        rows: with `volume_name`.
+        cache: holds the volume of every row.
+        with_slices (`bool`): whether the model takes slice features.
+        max_shift (`tuple[int, int, int]`):
+            Augmentation: each volume is moved by up to so many voxels along depth, height, width, its border
+            repeated. No side, order or size of anything changes, so the report stays true; the cached slice features,
+            one a slice, stay as they are. The shift follows from seed, epoch and row alone.
+    """
+
+    def __init__(
+        self,
+        rows: list[dict[str, Any]],
+        cache: VolumeCache,
+        *,
+        with_slices: bool = True,
+        max_shift: Sequence[int] = (0, 0, 0),
+        seed: int = 0,
+    ):
         self.rows = rows
         self.cache = cache
         self.with_slices = with_slices
+        self.max_shift = tuple(max_shift)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -73,7 +104,22 @@ class VolumeRows(torch.utils.data.Dataset):
         tensors = self.cache[row["volume_name"]]
         if not self.with_slices:
             tensors.pop("slice_features", None)
+        if any(self.max_shift):
+            generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, index)))
+            tensors["pixel_values"] = shift_volume(tensors["pixel_values"], self.max_shift, generator)
         return {**row, **tensors, "index": index}
+
+
+def shift_volume(
+    pixel_values: torch.Tensor, max_shift: tuple[int, int, int], generator: torch.Generator
+) -> torch.Tensor:
+    """`(1, depth, height, width)` moved by a random number of voxels along each axis, its border repeated."""
+    depth, height, width = max_shift
+    padded = torch.nn.functional.pad(pixel_values, (width, width, height, height, depth, depth), mode="replicate")
+    for axis, limit in enumerate(max_shift, start=1):
+        start = int(torch.randint(2 * limit + 1, (), generator=generator))
+        padded = padded.narrow(axis, start, pixel_values.shape[axis])
+    return padded
 
 
 class SimilarLengthSampler(torch.utils.data.Sampler):

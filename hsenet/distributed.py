@@ -14,7 +14,7 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         # Every rank's loss depends on every rank's rows: sum what all ranks say about ours.
-        gradient = gradient.contiguous()
+        gradient = gradient.clone()  # the incoming one belongs to autograd
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 

@@ -6,16 +6,19 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import HfArgumentParser, get_scheduler
+
+from hsenet.data import VolumeRows
 
 
 @dataclass
@@ -27,6 +30,9 @@ class DataArguments:
     max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows while training."})
     max_length: int = field(default=512, metadata={"help": "Longest text (stage 3: prompt and answer) in tokens."})
     report_fields: list[str] = field(default_factory=lambda: ["findings", "impression"])
+    max_shift: list[int] = field(
+        default_factory=lambda: [0, 0, 0], metadata={"help": "Stages 1 and 2: random shift in voxels (D, H, W)."}
+    )
     cache_dir: str = field(default="outputs/cache", metadata={"help": "Where preprocessed volumes are kept."})
     num_workers: int = field(default=0, metadata={"help": "Processes that read scans while the cache is built."})
 
@@ -70,7 +76,11 @@ def parse_arguments(*dataclasses: type, argv: list[str] | None = None) -> tuple:
     for action in parser._actions:
         if action.type is dict:  # on the command line a dictionary is JSON
             action.type = json.loads
-    return parser.parse_args_into_dataclasses(argv)
+    parsed = parser.parse_args_into_dataclasses(argv)
+    for name, value in ((name, value) for group in parsed for name, value in vars(group).items()):
+        if value == "":  # the default of what every run has to say
+            raise ValueError(f"--{name} is missing: give it on the command line or in the configuration file.")
+    return parsed
 
 
 def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
@@ -80,6 +90,8 @@ def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        # Rank 0 evaluates, and a slow rank caches scans, while the others wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         log_with=arguments.report_to or None,
         project_dir=arguments.output_dir,
     )
@@ -116,14 +128,20 @@ def _train_mode(model: torch.nn.Module) -> None:
 
 @dataclass
 class Progress:
-    """Where the run stands; saved with every checkpoint."""
+    """Where the run stands; saved with every checkpoint, with what a continued run must have in common."""
 
+    settings: dict
     step: int = 0
 
     def state_dict(self) -> dict:
         return asdict(self)
 
     def load_state_dict(self, state: dict) -> None:
+        if changed := sorted(name for name in self.settings if self.settings[name] != state["settings"].get(name)):
+            raise ValueError(
+                f"The checkpoint was written with other settings of {', '.join(changed)}: use them, or another "
+                "output_dir, or delete the checkpoints."
+            )
         self.step = state["step"]
 
 
@@ -150,11 +168,18 @@ def train(
     )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     accumulation = arguments.gradient_accumulation_steps
-    steps_per_epoch = max(len(loader) // accumulation, 1)
+    steps_per_epoch = len(loader) // accumulation
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"Expected at least one full batch of {arguments.batch_size} rows for each of {accelerator.num_processes} "
+            f"process(es) and {accumulation} accumulation step(s), got {len(loader.dataset)} rows: lower batch_size."
+        )
     total = arguments.max_steps if arguments.max_steps > 0 else steps_per_epoch * arguments.num_train_epochs
     warmup = int(total * arguments.warmup_ratio)
     scheduler = get_scheduler("cosine", optimizer.optimizer, num_warmup_steps=warmup, num_training_steps=total)
-    progress = Progress()
+    fixed = ("seed", "learning_rate", "weight_decay", "adam_beta2", "warmup_ratio", "batch_size")
+    settings = {name: getattr(arguments, name) for name in (*fixed, "gradient_accumulation_steps")}
+    progress = Progress({**settings, "total_steps": total, "num_processes": accelerator.num_processes})
     accelerator.register_for_checkpointing(scheduler, progress)
     _resume(accelerator, arguments)
     bar = tqdm(total=total, initial=progress.step, disable=not accelerator.is_main_process)
@@ -162,10 +187,12 @@ def train(
     while progress.step < total:
         epoch, done = divmod(progress.step, steps_per_epoch)
         loader.set_epoch(epoch)
+        if isinstance(loader.dataset, VolumeRows):
+            loader.dataset.set_epoch(epoch)
         batches = accelerator.skip_first_batches(loader, done * accumulation) if done else loader
-        for batch in batches:
+        for micro_batch, batch in enumerate(batches):
             # One seed a step: dropout after a resume is the dropout of the undisturbed run.
-            torch.manual_seed(hash((arguments.seed, progress.step, accelerator.process_index)))
+            torch.manual_seed(hash((arguments.seed, progress.step, micro_batch, accelerator.process_index)))
             with accelerator.accumulate(model):
                 loss, values = compute_loss(model, batch, progress.step)
                 accelerator.backward(loss)

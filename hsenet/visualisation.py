@@ -29,7 +29,7 @@ def save_patch_scores(
     figure, axes = plt.subplots(2, (num_slices + 1) // 2, figsize=(2.6 * ((num_slices + 1) // 2), 5.6), squeeze=False)
     extent = (0, volume.shape[2], volume.shape[1], 0)
     for axis, plane in zip(axes.flat, planes, strict=False):
-        axis.imshow(volume[plane], cmap="gray", vmin=0, vmax=1, extent=extent)
+        axis.imshow(volume[plane], cmap="gray", vmin=volume.min(), vmax=volume.max(), extent=extent)
         overlay = axis.imshow(
             scores[plane], cmap="inferno", alpha=0.4, vmin=scores.min(), vmax=scores.max(), extent=extent
         )

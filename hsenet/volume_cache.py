@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from modeling_hsenet import HSENetVisionModel
 from processing_hsenet import HSENetImageProcessor
-from reading_hsenet import read_volume
+from reading_hsenet import HSENetInputError, read_volume
+
+
+PREPROCESSING_VERSION = 1  # raise it when the reader or the image processor gives other tensors for the same scan
 
 
 class VolumeCache:
@@ -35,16 +39,21 @@ class VolumeCache:
     def path(self, volume_name: str) -> Path:
         return self.folder / f"{hashlib.sha256(volume_name.encode()).hexdigest()[:32]}.safetensors"
 
-    def __contains__(self, volume_name: str) -> bool:
-        return self.path(volume_name).exists()
+    def holds(self, row: dict[str, Any]) -> bool:
+        """Whether the row's volume is here, made from the file that is there now."""
+        path = self.path(row["volume_name"])
+        if not path.exists():
+            return False
+        with safe_open(path, "pt") as file:
+            return file.metadata()["source"] == _source(row)
 
     def __getitem__(self, volume_name: str) -> dict[str, torch.Tensor]:
         return {name: tensor.float() for name, tensor in load_file(self.path(volume_name)).items()}
 
-    def write(self, volume_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        path = self.path(volume_name)
+    def write(self, row: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        path = self.path(row["volume_name"])
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, unfinished)
+        save_file(tensors, unfinished, metadata={"source": _source(row)})
         unfinished.rename(path)  # a file with the final name is always whole
 
 
@@ -59,7 +68,11 @@ class _Scans(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[int, dict[str, torch.Tensor]]:
-        return index, self.image_processor.process_volume(read_volume(self.rows[index]["volume"]))
+        try:
+            return index, self.image_processor.process_volume(read_volume(self.rows[index]["volume"]))
+        except HSENetInputError as error:
+            # The reader names no file; the row's number in the split tells the owner of the data which it is.
+            raise type(error)(f"Volume in row {self.rows[index]['row']}: {error}") from None
 
 
 @torch.no_grad()
@@ -76,12 +89,14 @@ def cache_volumes(
         rows: with `volume_name` (unique) and `volume` (path or nibabel image); a name that repeats is done once.
         image_processor ([`HSENetImageProcessor`]): its settings are part of the cache's key.
         slice_encoder ([`HSENetVisionModel`], *optional*): frozen; its weights are part of the cache's key.
-        cache_dir: other settings or weights get another folder in it, so nothing stale is ever read.
+        cache_dir: other settings or weights get another folder in it; a scan that changed on disk is done again.
     """
     cache = VolumeCache(Path(cache_dir) / _settings_key(image_processor, slice_encoder))
     cache.folder.mkdir(parents=True, exist_ok=True)
-    missing = list({row["volume_name"]: row for row in rows if row["volume_name"] not in cache}.values())
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    # Shared out before anybody looks at the disk: processes that saw different files would leave gaps.
+    unique = list({row["volume_name"]: row for row in rows}.values())
+    share = unique[accelerator.process_index :: accelerator.num_processes]
+    mine = [row for row in share if not cache.holds(row)]
     loader = DataLoader(_Scans(mine, image_processor), batch_size=None, num_workers=num_workers)
     if slice_encoder is not None:
         slice_encoder = slice_encoder.to(accelerator.device).eval()
@@ -89,20 +104,32 @@ def cache_volumes(
         cached = {"pixel_values": tensors["pixel_values"].half().contiguous()}
         if slice_encoder is not None:
             pictures = tensors["slice_pixel_values"].to(accelerator.device).unsqueeze(2)
-            cached["slice_features"] = slice_encoder(pictures).pooler_output.float().cpu()
-        cache.write(mine[index]["volume_name"], cached)
+            cached["slice_features"] = slice_encoder(pictures).pooler_output.float().cpu().contiguous()
+        cache.write(mine[index], cached)
     accelerator.wait_for_everyone()
     return cache
 
 
+def _source(row: dict[str, Any]) -> str:
+    """Changes when the scan does: of a file or folder its place, size and time, hashed since a path may be a name."""
+    if not isinstance(row["volume"], str):
+        return "in the dataset"
+    path = Path(row["volume"]).resolve()
+    status = path.stat() if path.exists() else None  # the reader has the better words for a missing file
+    identity = f"{path} {status.st_size} {status.st_mtime_ns}" if status else str(path)
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
 def _settings_key(image_processor: HSENetImageProcessor, slice_encoder: HSENetVisionModel | None) -> str:
     # Its arguments only: `to_dict` of a loaded processor holds more than that of the same processor before saving.
-    names = [
-        name for name in inspect.signature(HSENetImageProcessor.__init__).parameters if name in vars(image_processor)
-    ]
-    settings = {name: getattr(image_processor, name) for name in names}
+    parameters = inspect.signature(HSENetImageProcessor.__init__).parameters
+    settings = {name: getattr(image_processor, name) for name in parameters if name in vars(image_processor)}
+    settings["version"] = PREPROCESSING_VERSION
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     if slice_encoder is not None:
+        # What the weights' names and shapes do not show.
+        config = slice_encoder.config
+        digest.update(f"{config.num_attention_heads} {config.hidden_act} {config.layer_norm_eps}".encode())
         for name, tensor in sorted(slice_encoder.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from hsenet.collators import ContrastiveCollator
-from hsenet.data import REPORT_PROMPTS, VolumeRows, load_rows, report_text
+from hsenet.data import REPORT_PROMPTS, VolumeRows, load_rows, one_per_study, report_text
 from hsenet.evaluation import embed, generate_answers
 from hsenet.metrics.report import best_constant_report_floor, report_metrics
 from hsenet.metrics.retrieval import retrieval_metrics
@@ -46,10 +46,6 @@ class EvaluationArguments:
     max_new_tokens: int = field(default=512)
     num_workers: int = field(default=0)
     seed: int = field(default=0, metadata={"help": "Of the shuffled volumes."})
-
-
-def one_per_study(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({row["study_id"]: row for row in reversed(rows)}.values())[::-1]
 
 
 def score_retrieval(folder: str, rows: list[dict], arguments: EvaluationArguments, run: Accelerator) -> dict:
@@ -183,7 +179,7 @@ def table(metrics: dict) -> str:
 def main(arguments: EvaluationArguments) -> None:
     run = Accelerator(cpu=not torch.accelerator.is_available())
     reports = one_per_study(load_rows(arguments.dataset, "reports", arguments.split))[: arguments.max_rows]
-    questions = load_rows(arguments.dataset, "vqa", arguments.split)[: arguments.max_rows]
+    questions = load_rows(arguments.dataset, "vqa", arguments.split)[: arguments.max_rows] if arguments.model else []
     metrics: dict[str, Any] = {"split": arguments.split, "num_studies": len(reports), "num_questions": len(questions)}
     for stage in ("stage1", "stage2"):
         if folder := getattr(arguments, stage):

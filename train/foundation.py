@@ -141,7 +141,10 @@ def train_slice_encoder(
         logits = model(batch["slices"])
         return nn.functional.binary_cross_entropy_with_logits(logits, batch["labels"]), {}
 
-    loader = DataLoader(rows, 16, shuffle=True, drop_last=True, collate_fn=collate, num_workers=data.num_workers)
+    batch_size = min(16, training.batch_size)  # volumes with all their slices are heavier than texts
+    loader = DataLoader(
+        rows, batch_size, shuffle=True, drop_last=True, collate_fn=collate, num_workers=data.num_workers
+    )
     training.max_steps = arguments.slice_steps
     model = SliceLabeller(config, num_labels=len(rows[0]["labels"]))
     model = train(run, model, loader, compute_loss, lambda model: {}, training)
@@ -190,6 +193,8 @@ def _texts(reports: list[dict], questions: list[dict], fields: tuple[str, ...]) 
 
 def main(model_arguments: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
     accelerator = start(training, model=asdict(model_arguments), data=asdict(data))
+    if accelerator.num_processes > 1 or training.save_steps > 0:
+        raise ValueError("The stand-ins are small: train them in one process, without checkpoints (save_steps: -1).")
     reports = load_rows(data.dataset, "reports", data.train_split, data.max_train_rows)
     questions = load_rows(data.dataset, "vqa", data.train_split, data.max_train_rows)
     fields = tuple(data.report_fields)

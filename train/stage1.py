@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from configuration_hsenet import HSENetCLIPConfig
 from hsenet.collators import ContrastiveCollator
-from hsenet.data import VolumeRows, load_rows, report_text
+from hsenet.data import VolumeRows, load_rows, one_per_study, report_text
 from hsenet.evaluation import evaluate_retrieval
 from hsenet.losses import global_similarity, image_text_contrastive_loss
 from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
@@ -62,14 +62,13 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     # Dataset #
     ###########
     train_rows = load_rows(data.dataset, "reports", data.train_split, data.max_train_rows)
-    eval_rows = load_rows(data.dataset, "reports", data.eval_split, data.max_eval_rows)
+    eval_rows = one_per_study(load_rows(data.dataset, "reports", data.eval_split, data.max_eval_rows))
     for row in train_rows + eval_rows:
         row["text"] = report_text(row, tuple(data.report_fields))
     cache = cache_volumes(train_rows + eval_rows, image_processor, None, data.cache_dir, accelerator, data.num_workers)
     collator = ContrastiveCollator(tokenizer, data.max_length)
-    loader = DataLoader(
-        VolumeRows(train_rows, cache), training.batch_size, shuffle=True, drop_last=True, collate_fn=collator
-    )
+    dataset = VolumeRows(train_rows, cache, max_shift=data.max_shift, seed=training.seed)
+    loader = DataLoader(dataset, training.batch_size, shuffle=True, drop_last=True, collate_fn=collator)
 
     ############
     # Training #

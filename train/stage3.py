@@ -126,6 +126,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
         rows[split] = generation_rows(reports, questions, tuple(data.report_fields))
     train_rows, eval_rows = rows[data.train_split], rows[data.eval_split]
     collator = ReportCollator(processor, data.max_length)
+    accelerator.print(f"{collator.num_truncated(train_rows)} of {len(train_rows)} rows are longer than max_length.")
     sampler = SimilarLengthSampler([len(row["answer"]) for row in train_rows], training.batch_size, training.seed)
     loader = DataLoader(
         VolumeRows(train_rows, cache), training.batch_size, sampler=sampler, drop_last=True, collate_fn=collator
