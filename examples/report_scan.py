@@ -8,6 +8,7 @@ Only `--figure` needs it, and `--phantoms` needs `datasets`, to show the true re
 """
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ def held_out_phantom(folder: Path, index: int) -> tuple[Path, str]:
     """The volume and the true report of one study of the test split."""
     from datasets import load_dataset
 
-    row = load_dataset(str(folder), "reports", split="test")[index]
+    rows = load_dataset(str(folder), "reports", split="test", streaming=True)
+    row = next(islice(rows, index, None))
     return folder / row["volume"], f"Findings: {row['findings']} Impression: {row['impression']}"
 
 

@@ -1,11 +1,12 @@
 """Dataset rows to examples: one report with its volume, or one question with its volume and answer."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from huggingface_hub import snapshot_download
 
 from hsenet.volume_cache import VolumeCache
@@ -27,10 +28,9 @@ def load_rows(dataset: str, name: str, split: str, max_rows: int | None = None) 
     A column `volume` with paths relative to the dataset's folder is made absolute (a Hub dataset is downloaded); a
     column of the `Nifti` feature already holds images.
     """
-    rows: Dataset = load_dataset(dataset, name, split=split)
-    if max_rows is not None:
-        rows = rows.select(range(min(max_rows, len(rows))))
-    numbered = [{**row, "row": number} for number, row in enumerate(rows)]
+    # Streamed: the cache that `datasets` keeps of a local folder can hold another folder's rows of the same name.
+    rows = load_dataset(dataset, name, split=split, streaming=True)
+    numbered = [{**row, "row": number} for number, row in enumerate(islice(rows, max_rows))]
     if numbered and isinstance(numbered[0]["volume"], str):
         root = Path(dataset) if Path(dataset).is_dir() else Path(snapshot_download(dataset, repo_type="dataset"))
         numbered = [{**row, "volume": str(root / row["volume"])} for row in numbered]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ COMMON = {"max_length": 320, "batch_size": 2, "logging_steps": 1, "learning_rate
 def run(command: list[str], **environment: str) -> str:
     """Runs a program outside the repository; its output is the failure's message."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/tmp", check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tempfile.gettempdir(), check=False, timeout=300
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
@@ -50,7 +53,7 @@ def workspace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     build = [str(ROOT / "datasets_scripts" / "build_phantom.py"), "--output", str(folder / "phantoms")]
     sizes = ["--train-studies", "8", "--validation-studies", "3", "--test-studies", "4", "--workers", "1"]
-    run([sys.executable, *build, *sizes, "--spacing", "7.5", "7.5", "10"])
+    run([sys.executable, *build, *sizes, "--spacing", "7.5", "7.5", "8"])
     return folder
 
 
@@ -208,3 +211,21 @@ def test_unknown_setting_in_the_configuration_file_is_an_error(tmp_path):
     command = [sys.executable, str(ROOT / "train" / "stage1.py"), "--config", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "learning_rat" in done.stderr
+
+
+def test_rows_come_from_the_folder_that_is_there_now(tmp_path):
+    """`datasets` keeps a cache of local folders by name: a folder built anew must not give the old rows."""
+    from datasets import Dataset
+
+    from hsenet.data import load_rows
+
+    for folder, findings in (("first", "old"), ("second", "new")):
+        phantoms = tmp_path / folder / "phantoms"
+        (phantoms / "reports").mkdir(parents=True)
+        Dataset.from_list([{"volume": "a.nii.gz", "findings": findings}]).to_parquet(
+            phantoms / "reports/train.parquet"
+        )
+        card = "configs:\n- config_name: reports\n  data_files:\n  - {split: train, path: reports/train.parquet}\n"
+        (phantoms / "README.md").write_text(f"---\n{card}---\n")
+        rows = load_rows(str(phantoms), "reports", "train")
+        assert rows == [{"volume": str(phantoms / "a.nii.gz"), "findings": findings, "row": 0}]
