@@ -13,6 +13,8 @@ BIN := $(CURDIR)/.venv/bin
 # Without `--num_cpu_threads_per_process`, accelerate gives a CPU process one thread.
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_process $(THREADS)
 
+DATA := --dataset $(OUTPUT)/phantoms --cache_dir $(OUTPUT)/cache
+
 .PHONY: quickstart test clean
 
 .venv/installed: pyproject.toml
@@ -28,12 +30,16 @@ quickstart: .venv/installed
 	$(BIN)/python datasets_scripts/build_phantom.py --output $(OUTPUT)/phantoms \
 	  --train-studies $(TRAIN_STUDIES) --validation-studies 100 --test-studies 200 --workers $(THREADS) \
 	  --spacing $(SPACING)
-	$(LAUNCH) train/foundation.py --config $(CONFIGS)/foundation.yaml
-	$(LAUNCH) train/stage1.py --config $(CONFIGS)/stage1.yaml
-	$(LAUNCH) train/stage2.py --config $(CONFIGS)/stage2.yaml
-	$(LAUNCH) train/stage3.py --config $(CONFIGS)/stage3.yaml
-	$(BIN)/python train/evaluate.py --config $(CONFIGS)/evaluate.yaml
 	$(BIN)/python datasets_scripts/fetch_demo_ct.py --output $(OUTPUT)/demo_ct
+	$(LAUNCH) train/foundation.py --config $(CONFIGS)/foundation.yaml $(DATA) --output_dir $(OUTPUT)/foundation
+	$(LAUNCH) train/stage1.py --config $(CONFIGS)/stage1.yaml $(DATA) --output_dir $(OUTPUT)/stage1 \
+	  --text_encoder $(OUTPUT)/foundation/text_encoder
+	$(LAUNCH) train/stage2.py --config $(CONFIGS)/stage2.yaml $(DATA) --output_dir $(OUTPUT)/stage2 \
+	  --stage1 $(OUTPUT)/stage1 --slice_encoder $(OUTPUT)/foundation/slice_encoder
+	$(LAUNCH) train/stage3.py --config $(CONFIGS)/stage3.yaml $(DATA) --output_dir $(OUTPUT)/stage3 \
+	  --stage1 $(OUTPUT)/stage1 --stage2 $(OUTPUT)/stage2 --language_model $(OUTPUT)/foundation/language_model
+	$(BIN)/python train/evaluate.py --config $(CONFIGS)/evaluate.yaml $(DATA) --output_dir $(OUTPUT)/evaluation \
+	  --stage1 $(OUTPUT)/stage1 --stage2 $(OUTPUT)/stage2 --model $(OUTPUT)/stage3
 	@echo "A fresh process, outside the repository, without the Hub: a held-out phantom, then a real chest CT."
 	@echo "(The real scan only shows that real files go through: a model trained on phantoms knows no real disease.)"
 	mkdir -p $(OUTPUT)/elsewhere

@@ -372,9 +372,9 @@ def _volume_as_image(part: dict) -> dict:
 
 def _placeholder_id(tokenizer: Any, image_token: str) -> int:
     ids = tokenizer.encode(image_token, add_special_tokens=False)
-    if len(ids) != 1:
+    if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != image_token:
         raise ValueError(
-            f"The tokenizer splits {image_token!r} into {len(ids)} tokens; add it first: "
+            f"The tokenizer has no token {image_token!r} (it gives {len(ids)} others); add it first: "
             f'tokenizer.add_special_tokens({{"additional_special_tokens": [{image_token!r}]}}).'
         )
     return ids[0]

@@ -52,6 +52,8 @@ def main() -> None:
 
         with torch.no_grad():
             patch_scores = model(**inputs, output_patch_scores=True).patch_scores
+        if patch_scores is None:
+            raise SystemExit("This model has no slice guidance, so it gives no patch scores: leave --figure out.")
         save_patch_scores(inputs["pixel_values"][0], patch_scores[0], arguments.figure)
         print(f"Slices with patch scores: {arguments.figure}")
 

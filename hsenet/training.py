@@ -35,6 +35,7 @@ class DataArguments:
     )
     cache_dir: str = field(default="outputs/cache", metadata={"help": "Where preprocessed volumes are kept."})
     num_workers: int = field(default=0, metadata={"help": "Processes that read scans while the cache is built."})
+    loader_workers: int = field(default=0, metadata={"help": "Processes that load batches while training."})
 
 
 @dataclass
@@ -190,8 +191,9 @@ def train(
         if isinstance(loader.dataset, VolumeRows):
             loader.dataset.set_epoch(epoch)
         batches = accelerator.skip_first_batches(loader, done * accumulation) if done else loader
-        for micro_batch, batch in enumerate(batches):
+        for number, batch in enumerate(batches):
             # One seed a step: dropout after a resume is the dropout of the undisturbed run.
+            micro_batch = number % accumulation
             torch.manual_seed(hash((arguments.seed, progress.step, micro_batch, accelerator.process_index)))
             with accelerator.accumulate(model):
                 loss, values = compute_loss(model, batch, progress.step)
@@ -231,6 +233,10 @@ def _after_step(accelerator, model, loss, values, scheduler, step, total, evalua
         accelerator.wait_for_everyone()
         _train_mode(model)
     if arguments.save_steps > 0 and step % arguments.save_steps == 0:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {step}: no checkpoint is written over good ones."
+            )
         _save_checkpoint(accelerator, step, arguments)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -84,38 +85,45 @@ def foundation(workspace) -> Path:
     return workspace / "foundation"
 
 
-def stage1_settings(workspace: Path, foundation: Path, output: str, **changes) -> dict:
-    text_encoder = str(foundation / "text_encoder")
-    settings = settings_for(workspace, output, text_encoder=text_encoder, vision_config=TINY_VISION)
-    return {**settings, "projection_dim": 16, "num_train_epochs": 2, **changes}
+def stage_settings(stage: str, workspace: Path, output: str) -> dict:
+    """Three steps of a stage, with a checkpoint after each."""
+    foundation = workspace / "foundation"
+    parts = {
+        "stage1": {
+            "text_encoder": str(foundation / "text_encoder"),
+            "vision_config": TINY_VISION,
+            "projection_dim": 16,
+        },
+        "stage2": {
+            "stage1": str(workspace / "stage1"),
+            "slice_encoder": str(foundation / "slice_encoder"),
+            "num_slices": 4,
+        },
+        "stage3": {
+            "stage1": str(workspace / "stage1"),
+            "stage2": str(workspace / "stage2"),
+            "language_model": str(foundation / "language_model"),
+            "packer_window_size": [1, 2, 2],
+        },
+    }
+    return settings_for(workspace, output, **parts[stage], max_steps=3, save_steps=1)
 
 
 @pytest.fixture(scope="module")
 def stage1(workspace, foundation) -> Path:
-    launch("stage1", stage1_settings(workspace, foundation, "stage1", max_steps=3, save_steps=1), workspace, 2)
+    launch("stage1", stage_settings("stage1", workspace, "stage1"), workspace, 2)
     return workspace / "stage1"
 
 
 @pytest.fixture(scope="module")
-def stage2(workspace, foundation, stage1) -> Path:
-    encoder = {"stage1": str(stage1), "slice_encoder": str(foundation / "slice_encoder"), "num_slices": 4}
-    launch("stage2", settings_for(workspace, "stage2", **encoder, max_steps=2, save_steps=1), workspace, 2)
+def stage2(workspace, stage1) -> Path:
+    launch("stage2", stage_settings("stage2", workspace, "stage2"), workspace, 2)
     return workspace / "stage2"
 
 
 @pytest.fixture(scope="module")
-def stage3(workspace, foundation, stage1, stage2) -> Path:
-    settings = settings_for(
-        workspace,
-        "stage3",
-        stage1=str(stage1),
-        stage2=str(stage2),
-        language_model=str(foundation / "language_model"),
-        packer_window_size=[1, 2, 2],
-        max_steps=2,
-        save_steps=1,
-    )
-    launch("stage3", settings, workspace, 2)
+def stage3(workspace, stage2) -> Path:
+    launch("stage3", stage_settings("stage3", workspace, "stage3"), workspace, 2)
     return workspace / "stage3"
 
 
@@ -134,24 +142,27 @@ def test_stage_trains_in_two_processes(stage, request):
     }
 
 
-def test_resumed_run_is_the_undisturbed_run(workspace, foundation, stage1):
-    """Stopped after two steps and continued: the same losses and the same weights."""
-    interrupted = stage1_settings(workspace, foundation, "resumed", save_steps=1, max_steps=3)
-    # The schedule must be that of three steps, so the stop is a checkpoint taken away, not another max_steps.
-    launch("stage1", interrupted, workspace, 2)
-    folder = workspace / "resumed"
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-2", "step-3"]
-    for path in (folder / "checkpoints" / "step-3").rglob("*"):
-        if path.is_file():
-            path.unlink()
-    (folder / "checkpoints" / "step-3").rmdir()
-    (folder / "model.safetensors").unlink()
-    (folder / "log.jsonl").unlink()
-    printed = launch("stage1", interrupted, workspace, 2)
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
+def test_resumed_run_is_the_undisturbed_run(stage, workspace, request):
+    """Stopped before its last step and started again: the same loss and the same weights."""
+    undisturbed, resumed = request.getfixturevalue(stage), workspace / f"{stage}_resumed"
+    shutil.copytree(undisturbed, resumed)
+    assert sorted(path.name for path in (resumed / "checkpoints").iterdir()) == ["step-2", "step-3"]
+    shutil.rmtree(resumed / "checkpoints" / "step-3")
+    (resumed / "model.safetensors").unlink()
+    (resumed / "log.jsonl").unlink()
+    printed = launch(stage, stage_settings(stage, workspace, resumed.name), workspace, 2)
     assert "Resumed from step-2" in printed
-    assert losses(folder) == {3: losses(stage1)[3]}
-    resumed, undisturbed = load_file(folder / "model.safetensors"), load_file(stage1 / "model.safetensors")
-    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+    assert losses(resumed) == {3: losses(undisturbed)[3]}
+    ours, theirs = load_file(resumed / "model.safetensors"), load_file(undisturbed / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_checkpoint_of_other_settings_is_refused(stage1, workspace):
+    settings = {**stage_settings("stage1", workspace, "other"), "learning_rate": 5e-3}
+    shutil.copytree(stage1, workspace / "other")
+    with pytest.raises(AssertionError, match="other settings of learning_rate"):
+        launch("stage1", settings, workspace, 2)
 
 
 def test_stage2_starts_from_stage1_and_keeps_the_slice_encoder(stage1, stage2, foundation):
@@ -160,7 +171,7 @@ def test_stage2_starts_from_stage1_and_keeps_the_slice_encoder(stage1, stage2, f
     assert set(second) - set(first) == {name for name in second if "scorer" in name or "slice_encoder" in name}
     assert all(torch.equal(second[f"slice_encoder.{name}"], tensor) for name, tensor in slices.items())
     moved = (second["vision_model.layers.0.mlp.fc1.weight"] - first["vision_model.layers.0.mlp.fc1.weight"]).abs()
-    assert 0 < moved.max() < 0.01  # two steps from stage 1, not a new initialisation
+    assert 0 < moved.max() < 0.01  # three steps from stage 1, not a new initialisation
 
 
 def test_stage3_trains_packers_and_lora_only(stage1, stage2, stage3, foundation):

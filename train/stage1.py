@@ -68,7 +68,14 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     cache = cache_volumes(train_rows + eval_rows, image_processor, None, data.cache_dir, accelerator, data.num_workers)
     collator = ContrastiveCollator(tokenizer, data.max_length)
     dataset = VolumeRows(train_rows, cache, max_shift=data.max_shift, seed=training.seed)
-    loader = DataLoader(dataset, training.batch_size, shuffle=True, drop_last=True, collate_fn=collator)
+    loader = DataLoader(
+        dataset,
+        training.batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=collator,
+        num_workers=data.loader_workers,
+    )
 
     ############
     # Training #

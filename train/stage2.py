@@ -91,7 +91,14 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     )
     collator = ContrastiveCollator(tokenizer, data.max_length)
     dataset = VolumeRows(train_rows, cache, max_shift=data.max_shift, seed=training.seed)
-    loader = DataLoader(dataset, training.batch_size, shuffle=True, drop_last=True, collate_fn=collator)
+    loader = DataLoader(
+        dataset,
+        training.batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=collator,
+        num_workers=data.loader_workers,
+    )
 
     ############
     # Training #

@@ -51,7 +51,9 @@ def assemble(
     """Both trained encoders and the language model in one model; only the packers are new."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    language_model = AutoModelForCausalLM.from_pretrained(arguments.language_model)
+    # Training runs on the plain prompt: an instruct template saved with the model would be a prompt it never saw.
+    tokenizer.chat_template = None
+    language_model = AutoModelForCausalLM.from_pretrained(arguments.language_model, dtype=torch.float32)
     if len(tokenizer) > language_model.config.vocab_size:
         language_model.resize_token_embeddings(len(tokenizer))
     config = HSENetConfig(
@@ -129,7 +131,12 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     accelerator.print(f"{collator.num_truncated(train_rows)} of {len(train_rows)} rows are longer than max_length.")
     sampler = SimilarLengthSampler([len(row["answer"]) for row in train_rows], training.batch_size, training.seed)
     loader = DataLoader(
-        VolumeRows(train_rows, cache), training.batch_size, sampler=sampler, drop_last=True, collate_fn=collator
+        VolumeRows(train_rows, cache),
+        training.batch_size,
+        sampler=sampler,
+        drop_last=True,
+        collate_fn=collator,
+        num_workers=data.loader_workers,
     )
 
     ############
