@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from configuration_hsenet import HSENetVisionConfig
-from hsenet.data import SimilarLengthSampler, load_rows, report_text
+from hsenet.data import SimilarLengthSampler, load_rows, one_per_study, report_text
 from hsenet.losses import global_similarity, image_text_contrastive_loss
 from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
 from modeling_hsenet import HSENetVisionModel
@@ -198,8 +198,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     reports = load_rows(data.dataset, "reports", data.train_split, data.max_train_rows)
     questions = load_rows(data.dataset, "vqa", data.train_split, data.max_train_rows)
     fields = tuple(data.report_fields)
-    one_a_study = list({row["study_id"]: row for row in reports}.values())
-    train_text_encoder(one_a_study, model_arguments, data, training, accelerator)
+    train_text_encoder(one_per_study(reports), model_arguments, data, training, accelerator)
     train_slice_encoder(reports, model_arguments, data, training, accelerator)
     train_language_model(list(_texts(reports, questions, fields)), model_arguments, data, training, accelerator)
 
