@@ -7,7 +7,7 @@ THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 CONFIGS ?= train/configs/quickstart
 # Smaller numbers give a faster and worse run. Spacing in mm along x, y, z.
 TRAIN_STUDIES ?= 3000
-SPACING ?= 3.75 3.75 6
+SPACING ?= 5 5 8
 
 BIN := $(CURDIR)/.venv/bin
 # Without `--num_cpu_threads_per_process`, accelerate gives a CPU process one thread.

@@ -18,7 +18,11 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
@@ -93,24 +97,27 @@ class HSENetModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class HSENetCausalLMOutputWithPast(ModelOutput):
+class HSENetCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): next-token cross-entropy over the labels that are not -100.
         logits (`torch.Tensor` of shape `(batch, sequence_length, vocab_size)`).
-        past_key_values (`Cache`, *optional*).
         image_hidden_states (`torch.Tensor` of shape `(num_volumes, image_seq_length, text_hidden_size)`, *optional*).
         patch_scores (`torch.Tensor` of shape `(num_volumes, *grid_size)`, *optional*):
             With `output_patch_scores=True`: the slices' weight on each patch of the local encoder.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     patch_scores: torch.Tensor | None = None
+
+
+# transformers has called it `cache` since 5.24, `past_key_values` before; here it only passes through.
+_CACHE_NAMES = ("cache", "past_key_values")
+
+
+def _cache_in(values: dict) -> dict[str, Cache]:
+    """The language model's cache of keys and values, if any, under its name in the installed transformers."""
+    return {name: value for name, value in values.items() if name in _CACHE_NAMES and value is not None}
 
 
 def eager_attention_forward(
@@ -336,7 +343,7 @@ class HSENetPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["HSENetEncoderLayer", "HSENetPatchEmbeddings", "HSENetSpatialPacker"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(_CACHE_NAMES)
     # Scorer and packers have one head as wide as the encoder: wider than FlashAttention's and flex's kernels take.
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -392,6 +399,8 @@ class HSENetVisionModel(HSENetPreTrainedModel):
             scores, slice_attentions = self.scorer(hidden_states, slice_features.to(hidden_states.dtype))
             hidden_states = hidden_states * scores
             patch_scores = scores.reshape(-1, *self.config.grid_size)
+        if self.training and self.config.patch_dropout:
+            hidden_states = self._drop_patches(hidden_states)
         # CLS has no position embedding and no score.
         cls_token = self.cls_token.expand(hidden_states.shape[0], -1, -1)
         hidden_states = torch.cat([cls_token, hidden_states], dim=1)  # (batch, 1 + num_patches, hidden_size)
@@ -404,6 +413,13 @@ class HSENetVisionModel(HSENetPreTrainedModel):
             patch_scores=patch_scores,
             slice_attentions=slice_attentions,
         )
+
+    def _drop_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """A random part of each volume's patches, `(batch, kept, hidden_size)`; each keeps its position embedding."""
+        batch, num_patches, hidden_size = hidden_states.shape
+        kept = max(round(num_patches * (1 - self.config.patch_dropout)), 1)
+        chosen = torch.rand(batch, num_patches, device=hidden_states.device).argsort(dim=1)[:, :kept]
+        return hidden_states.gather(1, chosen.unsqueeze(-1).expand(-1, -1, hidden_size))
 
     def _check_slice_features(self, pixel_values: torch.Tensor, slice_features: torch.Tensor | None) -> None:
         if self.scorer is None:
@@ -621,7 +637,6 @@ class HSENetModel(HSENetSliceGuidedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         slice_pixel_values: torch.Tensor | None = None,
         slice_features: torch.Tensor | None = None,
@@ -644,12 +659,11 @@ class HSENetModel(HSENetSliceGuidedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             **kwargs,
         )
         return HSENetModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **_cache_in(outputs),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features if image_outputs is not None else None,
@@ -716,7 +730,6 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         slice_pixel_values: torch.Tensor | None = None,
@@ -744,7 +757,6 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             slice_pixel_values=slice_pixel_values,
             slice_features=slice_features,
@@ -759,7 +771,7 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
         return HSENetCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **_cache_in(outputs),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
@@ -767,8 +779,15 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
     ) -> dict:
+        # Both names stand in the signature: generate() refuses what it finds neither here nor in forward's.
+        kwargs.update(_cache_in({"cache": cache, "past_key_values": past_key_values}))
         mask = kwargs.get("attention_mask")
         if kwargs.get("is_first_iteration") and mask is not None and mask.ndim == 2 and (mask[:, -1] == 0).any():
             raise ValueError(

@@ -1,10 +1,12 @@
 """Examples to batches. Labels are masked here and nowhere else."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from hsenet.report_augmentation import ReportAugmentation
 from processing_hsenet import HSENetProcessor
 
 
@@ -17,15 +19,17 @@ class ContrastiveCollator:
     """
     Examples with `pixel_values`, optional `slice_features` and `text` to the inputs of [`HSENetCLIPModel`].
 
-    Texts longer than `max_length` tokens lose their end, never their order.
+    Texts longer than `max_length` tokens lose their end, never their order. With `rewrite`, the texts are what it
+    makes of the examples' reports.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, rewrite: ReportAugmentation | None = None):
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.rewrite = rewrite
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        texts = [example["text"] for example in examples]
+        texts = self.rewrite(examples) if self.rewrite is not None else [example["text"] for example in examples]
         tokens = self.tokenizer(
             texts,
             padding=True,
@@ -37,12 +41,24 @@ class ContrastiveCollator:
         return {**tokens, **_stack_volumes(examples), "index": torch.tensor([e["index"] for e in examples])}
 
 
+@dataclass
+class _Row:
+    """Token ids of one volume with its questions; `turns` is 0 for what all of them see, else the turn's number."""
+
+    input_ids: list[int]
+    labels: list[int]
+    position_ids: list[int]
+    turns: list[int]
+
+
 class ReportCollator:
     """
-    Examples with `question`, `answer` and volumes to the inputs of [`HSENetForConditionalGeneration`].
+    Examples with `turns`, (question, answer) pairs, and volumes to the inputs of [`HSENetForConditionalGeneration`].
 
     A row is the paper's plain prompt, a space, the answer and EOS, padded on the right (training reads whole rows);
-    `labels` are -100 everywhere but on answer and EOS.
+    `labels` are -100 everywhere but on answers and EOS. Where rows have several turns, each turn sees the volume and
+    itself but no other turn, at the positions that it would have alone: the losses are those of separate rows, while
+    the volume is read once.
     """
 
     def __init__(self, processor: HSENetProcessor, max_length: int):
@@ -52,34 +68,58 @@ class ReportCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [self.tokenize(example) for example in examples]
-        length = max(len(input_ids) for input_ids, _ in rows)
-        pad = self.tokenizer.pad_token_id
-        return {
-            "input_ids": torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]),
-            "labels": torch.tensor(
-                [
-                    [-100] * prompt_length + ids[prompt_length:] + [-100] * (length - len(ids))
-                    for ids, prompt_length in rows
-                ]
-            ),
+        length = max(len(row.input_ids) for row in rows)
+        turns = _pad([row.turns for row in rows], length, -1)
+        batch = {
+            "input_ids": _pad([row.input_ids for row in rows], length, self.tokenizer.pad_token_id),
+            "labels": _pad([row.labels for row in rows], length, -100),
+            "attention_mask": (turns >= 0).long(),
             **_stack_volumes(examples),
         }
+        if turns.max() > 1:
+            batch["position_ids"] = _pad([row.position_ids for row in rows], length, 0)
+            batch["attention_mask"] = _mask_of_turns(turns)
+        return batch
 
     def num_truncated(self, rows: list[dict[str, Any]]) -> int:
-        """How many rows lose the end of their answer."""
-        return sum(self.tokenize(row)[0][-1] != self.tokenizer.eos_token_id for row in rows)
+        """How many rows lose the end of an answer."""
+        return sum(self.tokenize(row).labels.count(self.tokenizer.eos_token_id) < len(row["turns"]) for row in rows)
 
-    def tokenize(self, example: dict[str, Any]) -> tuple[list[int], int]:
-        """Token ids of one row, cut to `max_length`, and how many of them are prompt."""
-        prompt = self.processor.plain_prompt(example["question"])
+    def tokenize(self, example: dict[str, Any]) -> _Row:
+        """One row; each turn is cut to what is left of `max_length` beside the volume."""
+        volume = self._prompt_ids("")
+        row = _Row(list(volume), [-100] * len(volume), list(range(len(volume))), [0] * len(volume))
+        for number, (question, answer) in enumerate(example["turns"], start=1):
+            question_ids = self._prompt_ids(question)[len(volume) :]
+            answer_ids = self.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+            room = self.max_length - len(volume)
+            if len(question_ids) >= room:
+                raise ValueError(
+                    f"The prompt alone has {len(volume) + len(question_ids)} tokens of max_length={self.max_length}: "
+                    f"there is no room for an answer. A volume takes {self.processor.image_seq_length}; raise "
+                    "max_length."
+                )
+            # An answer that is cut gets no EOS: the model must not learn to stop there.
+            input_ids = [*question_ids, *answer_ids, self.tokenizer.eos_token_id][:room]
+            row.input_ids += input_ids
+            row.labels += [-100] * len(question_ids) + input_ids[len(question_ids) :]
+            row.position_ids += range(len(volume), len(volume) + len(input_ids))
+            row.turns += [number] * len(input_ids)
+        return row
+
+    def _prompt_ids(self, question: str) -> list[int]:
+        prompt = self.processor.plain_prompt(question)
         prompt = self.processor.get_text_with_replacements([prompt], [self.processor.replace_image_token({}, 0)])[0][0]
-        prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        answer_ids = self.tokenizer(f" {example['answer']}", add_special_tokens=False)["input_ids"]
-        if len(prompt_ids) >= self.max_length:
-            raise ValueError(
-                f"The prompt alone has {len(prompt_ids)} tokens of max_length={self.max_length}: there is no room for "
-                f"an answer. A volume takes {self.processor.image_seq_length}; raise max_length."
-            )
-        # An answer that is cut gets no EOS: the model must not learn to stop there.
-        return [*prompt_ids, *answer_ids, self.tokenizer.eos_token_id][: self.max_length], len(prompt_ids)
+        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def _pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])  # (batch, length)
+
+
+def _mask_of_turns(turns: torch.Tensor) -> torch.Tensor:
+    """Turn numbers `(batch, length)` to what attention adds to its scores, `(batch, 1, length, length)`."""
+    earlier = torch.ones(turns.shape[1], turns.shape[1], dtype=torch.bool).tril()
+    same_turn = turns.unsqueeze(2) == turns.unsqueeze(1)  # (batch, query, key); padding sees padding
+    allowed = earlier & (same_turn | (turns == 0).unsqueeze(1))
+    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min).unsqueeze(1)

@@ -48,19 +48,30 @@ def report_text(row: dict[str, Any], fields: tuple[str, ...] = ("findings", "imp
 
 
 def generation_rows(
-    reports: list[dict[str, Any]], questions: list[dict[str, Any]], fields: tuple[str, ...]
+    reports: list[dict[str, Any]],
+    questions: list[dict[str, Any]],
+    fields: tuple[str, ...],
+    questions_per_row: int = 1,
 ) -> list[dict[str, Any]]:
-    """Report and question rows as `volume_name`, `question` and `answer`; reports take the prompts in turn."""
-    as_reports = [
+    """
+    Report and question rows as `volume_name` and `turns`, a list of (question, answer).
+
+    Reports take the prompts in turn, one a row; up to `questions_per_row` questions of a volume share a row.
+    """
+    rows = [
         {
             "volume_name": row["volume_name"],
-            "question": REPORT_PROMPTS[index % len(REPORT_PROMPTS)],
-            "answer": report_text(row, fields),
+            "turns": [(REPORT_PROMPTS[index % len(REPORT_PROMPTS)], report_text(row, fields))],
         }
         for index, row in enumerate(reports)
     ]
-    as_questions = [{name: row[name] for name in ("volume_name", "question", "answer")} for row in questions]
-    return as_reports + as_questions
+    asked: dict[str, list[tuple[str, str]]] = {}
+    for row in questions:
+        asked.setdefault(row["volume_name"], []).append((row["question"], row["answer"]))
+    for volume_name, turns in asked.items():
+        for start in range(0, len(turns), questions_per_row):
+            rows.append({"volume_name": volume_name, "turns": turns[start : start + questions_per_row]})
+    return rows
 
 
 class VolumeRows(torch.utils.data.Dataset):
@@ -107,7 +118,7 @@ class VolumeRows(torch.utils.data.Dataset):
         if any(self.max_shift):
             generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, index)))
             tensors["pixel_values"] = shift_volume(tensors["pixel_values"], self.max_shift, generator)
-        return {**row, **tensors, "index": index}
+        return {**row, **tensors, "index": index, "epoch": self.epoch}
 
 
 def shift_volume(

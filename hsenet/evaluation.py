@@ -60,14 +60,21 @@ def generate_answers(
     dataset: Dataset,
     batch_size: int,
     max_new_tokens: int,
+    temperature: float = 0.0,
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Greedy answers to the `question` of each row (with cached tensors), in order, as `(row, answer)`."""
+    """
+    Answers to the `question` of each row (with cached tensors), in order, as `(row, answer)`.
+
+    Args:
+        temperature (`float`): 0 takes the likeliest token at every step, anything above draws from torch's generator.
+    """
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     for examples in DataLoader(dataset, batch_size, collate_fn=list):
         names = [name for name in ("pixel_values", "slice_features") if name in examples[0]]
         volumes = {name: torch.stack([example[name] for example in examples]) for name in names}
         prompts = [processor.plain_prompt(example["question"]) for example in examples]
         inputs = {**processor.tokenize_prompts(prompts), **volumes}
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
         answers = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         yield from zip(examples, (answer.strip() for answer in answers), strict=True)

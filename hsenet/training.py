@@ -31,8 +31,12 @@ class DataArguments:
     max_length: int = field(default=512, metadata={"help": "Longest text (stage 3: prompt and answer) in tokens."})
     report_fields: list[str] = field(default_factory=lambda: ["findings", "impression"])
     max_shift: list[int] = field(
-        default_factory=lambda: [0, 0, 0], metadata={"help": "Stages 1 and 2: random shift in voxels (D, H, W)."}
+        default_factory=lambda: [0, 0, 0], metadata={"help": "Random shift of the volume in voxels (D, H, W)."}
     )
+    rewrite_reports: bool = field(
+        default=False, metadata={"help": "Stages 1 and 2: random sentence order, sentences or sections left out."}
+    )
+    drop_sentences: float = field(default=0.1, metadata={"help": "With rewrite_reports: chance of each sentence."})
     cache_dir: str = field(default="outputs/cache", metadata={"help": "Where preprocessed volumes are kept."})
     num_workers: int = field(default=0, metadata={"help": "Processes that read scans while the cache is built."})
     loader_workers: int = field(default=0, metadata={"help": "Processes that load batches while training."})

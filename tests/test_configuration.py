@@ -91,6 +91,7 @@ def test_encoders_of_different_sizes():
         (HSENetVisionConfig, {"image_size": (30, 256, 256)}, ["(30, 256, 256)", "(4, 16, 16)", "divisible"]),
         (HSENetVisionConfig, {"image_size": (32, 256)}, ["image_size", "three", "(32, 256)"]),
         (HSENetVisionConfig, {"patch_size": (0, 16, 16)}, ["patch_size", "positive", "(0, 16, 16)"]),
+        (HSENetVisionConfig, {"patch_dropout": 1.0}, ["patch_dropout", "below 1", "1.0"]),
         (HSENetVisionConfig, {"hidden_size": 100}, ["hidden_size 100", "num_attention_heads 12"]),
         (HSENetConfig, {"packer_window_size": (1, 3, 4)}, ["(8, 16, 16)", "(1, 3, 4)", "divisible"]),
         (HSENetConfig, {"packer_window_size": (4, 4)}, ["packer_window_size", "three", "(4, 4)"]),

@@ -6,7 +6,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from modeling_hsenet import HSENetForConditionalGeneration, HSENetSpatialPacker
 
@@ -71,6 +71,25 @@ def test_patch_scores_and_their_use():
     torch.testing.assert_close(outputs.pooler_output, outputs.last_hidden_state[:, 0])
     other = model(volumes(), slice_features(seed=9)).patch_scores
     assert (other - outputs.patch_scores).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_patch_dropout_is_for_training_only(guided):
+    model = tiny.vision_model(slice_hidden_size=SLICE_WIDTH if guided else None, patch_dropout=0.5)
+    num_patches = model.config.num_patches
+    assert model.eval()(**encoder_inputs(guided)).last_hidden_state.shape[1] == 1 + num_patches
+    output = model.train()(**encoder_inputs(guided))
+    assert output.last_hidden_state.shape[1] == 1 + num_patches // 2
+    assert not guided or output.patch_scores[0].numel() == num_patches
+
+
+def test_dropped_patches_are_drawn_for_each_volume_without_repetition():
+    model = tiny.vision_model(patch_dropout=0.25).train()
+    num_patches = model.config.num_patches
+    patches = torch.arange(num_patches, dtype=torch.float).reshape(1, -1, 1).repeat(8, 1, 3)
+    kept = model._drop_patches(patches)[..., 0]
+    assert all(len(set(row.tolist())) == round(0.75 * num_patches) for row in kept)
+    assert len({tuple(sorted(row.tolist())) for row in kept}) > 1
 
 
 def test_order_of_slices_does_not_matter():
@@ -394,6 +413,12 @@ def test_encoders_run_once(model, batch, settings):
     for hook in hooks:
         hook.remove()
     assert sorted(runs) == sorted(map(id, encoders))
+
+
+def test_the_callers_cache_is_filled(model, batch, greedy):
+    past = DynamicCache(config=model.config.text_config)
+    assert generated(model, batch, past_key_values=past) == greedy
+    assert past.get_seq_length() == batch["input_ids"].shape[1] + NEW_TOKENS - 1
 
 
 def test_cached_slice_features_generate_the_same(model, batch, greedy):

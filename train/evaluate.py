@@ -44,8 +44,11 @@ class EvaluationArguments:
     max_rows: int | None = field(default=None, metadata={"help": "Only the first studies and questions."})
     batch_size: int = field(default=32)
     max_new_tokens: int = field(default=512)
+    temperature: float = field(
+        default=0.0, metadata={"help": "Of reports; 0: greedy, as in the paper. Answers to questions are greedy."}
+    )
     num_workers: int = field(default=0)
-    seed: int = field(default=0, metadata={"help": "Of the shuffled volumes."})
+    seed: int = field(default=0, metadata={"help": "Of the shuffled volumes, and of reports that are sampled."})
 
 
 def score_retrieval(folder: str, rows: list[dict], arguments: EvaluationArguments, run: Accelerator) -> dict:
@@ -69,14 +72,19 @@ def shuffled_volumes(rows: list[dict], seed: int) -> list[dict]:
 
 
 def answers_to(
-    rows: list[dict], model: Any, processor: HSENetProcessor, cache: VolumeCache, arguments: EvaluationArguments
+    rows: list[dict],
+    model: Any,
+    processor: HSENetProcessor,
+    cache: VolumeCache,
+    arguments: EvaluationArguments,
+    temperature: float = 0.0,
 ) -> list[str]:
-    # Reports apart from questions, which are answered in a few tokens, and questions of one length together.
-    order = sorted(
-        range(len(rows)), key=lambda index: (rows[index]["question_type"] == "report", len(rows[index]["question"]))
-    )
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["question"]))  # less padding
     dataset = VolumeRows([rows[index] for index in order], cache)
-    generated = generate_answers(model, processor, dataset, arguments.batch_size, arguments.max_new_tokens)
+    torch.manual_seed(arguments.seed)
+    generated = generate_answers(
+        model, processor, dataset, arguments.batch_size, arguments.max_new_tokens, temperature
+    )
     answers = dict(zip(order, (answer for _, answer in generated), strict=True))
     return [answers[index] for index in range(len(rows))]
 
@@ -100,8 +108,12 @@ def score_text(
         for row in reports
     ]
     rows = reports + questions
-    seen = answers_to(rows, model, processor, cache, arguments)
-    blind = answers_to(shuffled_volumes(rows, arguments.seed), model, processor, cache, arguments)
+    settings = (model, processor, cache, arguments)
+    seen, blind = (
+        answers_to(some[: len(reports)], *settings, arguments.temperature)
+        + answers_to(some[len(reports) :], *settings)
+        for some in (rows, shuffled_volumes(rows, arguments.seed))
+    )
     metrics = {
         name: {
             "report": score_reports(answers[: len(reports)], reports),

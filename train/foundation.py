@@ -7,12 +7,14 @@ Writes three folders into the output directory, from the texts and volumes of th
 - `text_encoder` for bert-base-uncased: a small BERT with its tokenizer, trained to match the findings of a report with
   its impression;
 - `slice_encoder` for BiomedCLIP's 2D trunk: a small ViT, trained to tell from axial slices what the scan shows;
-- `language_model` for Phi-4-mini: a small Phi-3 with its tokenizer, trained on reports, questions and answers as text.
+- `language_model` for Phi-4-mini: a small Phi-3 with its tokenizer, trained to answer from an impression before the
+  question.
 
 With real weights at hand none of this is needed: give their names to the three stages instead.
 """
 
-from collections.abc import Iterator
+import random
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from transformers import (
 )
 
 from configuration_hsenet import HSENetVisionConfig
-from hsenet.data import SimilarLengthSampler, load_rows, one_per_study, report_text
+from hsenet.data import REPORT_PROMPTS, SimilarLengthSampler, load_rows, one_per_study, report_text
 from hsenet.losses import global_similarity, image_text_contrastive_loss
 from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
 from modeling_hsenet import HSENetVisionModel
@@ -49,6 +51,7 @@ class ModelArguments:
     language_config: dict = field(default_factory=dict, metadata={"help": "Sizes of the language model."})
     language_vocab_size: int = field(default=1000)
     language_steps: int = field(default=300)
+    language_learning_rate: float = field(default=1e-3)
 
 
 def wordpiece_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -151,9 +154,44 @@ def train_slice_encoder(
     model.encoder.save_pretrained(Path(training.output_dir) / "slice_encoder")
 
 
+@dataclass
+class InContextRow:
+    """A question with the words that answer it before it, where later the volume stands."""
+
+    prompt: str
+    answer: str
+
+
+def in_context_rows(
+    reports: list[dict], questions: list[dict], fields: tuple[str, ...], seed: int
+) -> list[InContextRow]:
+    """
+    Every question, and every request for a report, after the study's impression, its sentences in random order.
+
+    A language model as large as Phi-4-mini answers from its context without further training; this teaches the small
+    stand-in the same, from text alone, so that stage 3 has to teach the packers only.
+    """
+    shuffle = random.Random(seed).sample
+    impressions = {row["study_id"]: re.split(r"(?<=[.!?])\s+", row["impression"].strip()) for row in reports}
+    asked = [(row["study_id"], row["question"], row["answer"]) for row in questions]
+    asked += [
+        (row["study_id"], REPORT_PROMPTS[index % len(REPORT_PROMPTS)], report_text(row, fields))
+        for index, row in enumerate(reports)
+    ]
+    return [
+        InContextRow(" ".join(shuffle(impressions[study], len(impressions[study]))) + question, f" {answer}")
+        for study, question, answer in asked
+    ]
+
+
 def train_language_model(
-    texts: list[str], arguments: ModelArguments, data: DataArguments, training: TrainingArguments, run: Accelerator
+    rows: list[InContextRow],
+    arguments: ModelArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+    run: Accelerator,
 ) -> None:
+    texts = list(dict.fromkeys(text for row in rows for text in (row.prompt, row.answer)))
     tokenizer = byte_pair_tokenizer(texts, arguments.language_vocab_size)
     end = tokenizer.eos_token_id
     config = Phi3Config(
@@ -165,18 +203,24 @@ def train_language_model(
         max_position_embeddings=data.max_length,
         **arguments.language_config,
     )
-    rows = [[end, *tokenizer(text, add_special_tokens=False)["input_ids"], end][: data.max_length] for text in texts]
 
-    def collate(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        length = max(map(len, rows))
-        input_ids = torch.tensor([row + [end] * (length - len(row)) for row in rows])
-        labels = torch.tensor([row + [-100] * (length - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    def collate(rows: list[InContextRow]) -> dict[str, torch.Tensor]:
+        prompts = [[end, *tokenizer(row.prompt, add_special_tokens=False)["input_ids"]] for row in rows]
+        answers = [[*tokenizer(row.answer, add_special_tokens=False)["input_ids"], end] for row in rows]
+        pairs = list(zip(prompts, answers, strict=True))
+        length = max(len(prompt) + len(answer) for prompt, answer in pairs)
+        padding = [length - len(prompt) - len(answer) for prompt, answer in pairs]
+        batch = {
+            "input_ids": [p + a + [end] * pad for (p, a), pad in zip(pairs, padding, strict=True)],
+            "labels": [[-100] * len(p) + a + [-100] * pad for (p, a), pad in zip(pairs, padding, strict=True)],
+            "attention_mask": [[1] * (length - pad) + [0] * pad for pad in padding],
+        }
+        return {name: torch.tensor(values)[:, : data.max_length] for name, values in batch.items()}
 
-    sampler = SimilarLengthSampler([len(row) for row in rows], training.batch_size, training.seed)
+    sampler = SimilarLengthSampler([len(row.answer) for row in rows], training.batch_size, training.seed)
     loader = DataLoader(rows, training.batch_size, sampler=sampler, drop_last=True, collate_fn=collate)
     training.max_steps = arguments.language_steps
+    training.learning_rate = arguments.language_learning_rate
     model = train(run, Phi3ForCausalLM(config), loader, _language_loss, lambda model: {}, training)
     model.save_pretrained(Path(training.output_dir) / "language_model")
     tokenizer.save_pretrained(Path(training.output_dir) / "language_model")
@@ -184,11 +228,6 @@ def train_language_model(
 
 def _language_loss(model: nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
     return model(**batch).loss, {}
-
-
-def _texts(reports: list[dict], questions: list[dict], fields: tuple[str, ...]) -> Iterator[str]:
-    yield from dict.fromkeys(report_text(row, fields) for row in reports)
-    yield from dict.fromkeys(f"{row['question']} {row['answer']}" for row in questions)
 
 
 def main(model_arguments: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
@@ -200,7 +239,8 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     fields = tuple(data.report_fields)
     train_text_encoder(one_per_study(reports), model_arguments, data, training, accelerator)
     train_slice_encoder(reports, model_arguments, data, training, accelerator)
-    train_language_model(list(_texts(reports, questions, fields)), model_arguments, data, training, accelerator)
+    rows = in_context_rows(one_per_study(reports), questions, fields, training.seed)
+    train_language_model(rows, model_arguments, data, training, accelerator)
 
 
 if __name__ == "__main__":

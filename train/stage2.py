@@ -18,6 +18,7 @@ from hsenet.collators import ContrastiveCollator
 from hsenet.data import VolumeRows, load_rows, one_per_study, report_text
 from hsenet.evaluation import embed, evaluate_retrieval
 from hsenet.losses import global_similarity, image_text_contrastive_loss, semantic_consistency_loss
+from hsenet.report_augmentation import ReportAugmentation
 from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel, HSENetVisionModel
@@ -90,13 +91,14 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
         train_rows + eval_rows, image_processor, slice_encoder, data.cache_dir, accelerator, data.num_workers
     )
     collator = ContrastiveCollator(tokenizer, data.max_length)
+    rewrite = ReportAugmentation(tuple(data.report_fields), data.drop_sentences, training.seed)
     dataset = VolumeRows(train_rows, cache, max_shift=data.max_shift, seed=training.seed)
     loader = DataLoader(
         dataset,
         training.batch_size,
         shuffle=True,
         drop_last=True,
-        collate_fn=collator,
+        collate_fn=ContrastiveCollator(tokenizer, data.max_length, rewrite if data.rewrite_reports else None),
         num_workers=data.loader_workers,
     )
 

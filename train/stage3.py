@@ -40,6 +40,9 @@ class ModelArguments:
     packer_window_size: list[int] = field(default_factory=lambda: [1, 4, 4])
     packer_dropout: float = field(default=0.1)
     tasks: list[str] = field(default_factory=lambda: ["reports", "vqa"])
+    questions_per_row: int = field(
+        default=1, metadata={"help": "Questions of a volume that share its tokens: same loss, fewer tokens."}
+    )
     lora_r: int = field(default=16)
     lora_alpha: int = field(default=32)
     lora_dropout: float = field(default=0.05)
@@ -125,13 +128,14 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
             reports + questions, image_processor, stage2.slice_encoder, data.cache_dir, accelerator, data.num_workers
         )
         reports = reports if "reports" in model_arguments.tasks else []
-        rows[split] = generation_rows(reports, questions, tuple(data.report_fields))
+        rows[split] = generation_rows(reports, questions, tuple(data.report_fields), model_arguments.questions_per_row)
     train_rows, eval_rows = rows[data.train_split], rows[data.eval_split]
     collator = ReportCollator(processor, data.max_length)
     accelerator.print(f"{collator.num_truncated(train_rows)} of {len(train_rows)} rows are longer than max_length.")
-    sampler = SimilarLengthSampler([len(row["answer"]) for row in train_rows], training.batch_size, training.seed)
+    lengths = [sum(len(question) + len(answer) for question, answer in row["turns"]) for row in train_rows]
+    sampler = SimilarLengthSampler(lengths, training.batch_size, training.seed)
     loader = DataLoader(
-        VolumeRows(train_rows, cache),
+        VolumeRows(train_rows, cache, max_shift=data.max_shift, seed=training.seed),
         training.batch_size,
         sampler=sampler,
         drop_last=True,
