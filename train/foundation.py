@@ -52,6 +52,9 @@ class ModelArguments:
     language_vocab_size: int = field(default=1000)
     language_steps: int = field(default=300)
     language_learning_rate: float = field(default=1e-3)
+    report_repeats: int = field(
+        default=3, metadata={"help": "How often the language model gets a report for each time it gets a question."}
+    )
 
 
 def wordpiece_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -163,20 +166,21 @@ class InContextRow:
 
 
 def in_context_rows(
-    reports: list[dict], questions: list[dict], fields: tuple[str, ...], seed: int
+    reports: list[dict], questions: list[dict], fields: tuple[str, ...], report_repeats: int, seed: int
 ) -> list[InContextRow]:
     """
-    Every question, and every request for a report, after the study's impression, its sentences in random order.
+    Every question, and `report_repeats` times every request for a report, after the study's impression.
 
-    A language model as large as Phi-4-mini answers from its context without further training; this teaches the small
-    stand-in the same, from text alone, so that stage 3 has to teach the packers only.
+    The impression's sentences come in another random order each time. A language model as large as Phi-4-mini answers
+    from its context without further training; this teaches the small stand-in the same, from text alone, so that
+    stage 3 has to teach the packers only.
     """
     shuffle = random.Random(seed).sample
     impressions = {row["study_id"]: re.split(r"(?<=[.!?])\s+", row["impression"].strip()) for row in reports}
     asked = [(row["study_id"], row["question"], row["answer"]) for row in questions]
     asked += [
         (row["study_id"], REPORT_PROMPTS[index % len(REPORT_PROMPTS)], report_text(row, fields))
-        for index, row in enumerate(reports)
+        for index, row in enumerate(reports * report_repeats)
     ]
     return [
         InContextRow(" ".join(shuffle(impressions[study], len(impressions[study]))) + question, f" {answer}")
@@ -239,7 +243,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     fields = tuple(data.report_fields)
     train_text_encoder(one_per_study(reports), model_arguments, data, training, accelerator)
     train_slice_encoder(reports, model_arguments, data, training, accelerator)
-    rows = in_context_rows(one_per_study(reports), questions, fields, training.seed)
+    rows = in_context_rows(one_per_study(reports), questions, fields, model_arguments.report_repeats, training.seed)
     train_language_model(rows, model_arguments, data, training, accelerator)
 
 
