@@ -29,6 +29,19 @@ def test_defaults_are_the_papers_sizes():
     assert config.text_config.hidden_size == 3072 and config.num_slices == 32
 
 
+def test_residuals_are_those_of_models_saved_before_there_was_a_choice():
+    assert HSENetVisionConfig().scorer_residual == HSENetConfig().packer_residual == "projected_query"
+
+
+@pytest.mark.parametrize(
+    ("config_class", "field"), [(HSENetVisionConfig, "scorer_residual"), (HSENetConfig, "packer_residual")]
+)
+def test_unknown_residual_is_refused(config_class, field):
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"{field}[^$]*'query'[^$]*got none"):
+        config_class(**{field: "none"})
+    assert getattr(config_class.from_dict(config_class(**{field: "query"}).to_dict()), field) == "query"
+
+
 def test_parameter_counts_of_the_papers_sizes():
     with torch.device("meta"):
         model = HSENetForConditionalGeneration(HSENetConfig()).model

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from modeling_hsenet import HSENetForConditionalGeneration, HSENetSpatialPacker
+from modeling_hsenet import HSENetCrossAttention, HSENetForConditionalGeneration, HSENetSpatialPacker
 
 
 SLICE_WIDTH = tiny.SLICES["hidden_size"]
@@ -71,6 +71,39 @@ def test_patch_scores_and_their_use():
     torch.testing.assert_close(outputs.pooler_output, outputs.last_hidden_state[:, 0])
     other = model(volumes(), slice_features(seed=9)).patch_scores
     assert (other - outputs.patch_scores).abs().max() > 0.01
+
+
+def attended_by_hand(attention: HSENetCrossAttention, queries, context, residual: str) -> torch.Tensor:
+    """Single-head cross-attention and LayerNorm, one query at a time."""
+    keys, values = attention.k_proj(context), attention.v_proj(context)
+    rows = []
+    for query in queries:
+        projected = attention.q_proj(query)
+        weights = (keys @ projected / len(query) ** 0.5).softmax(dim=0)
+        added = projected if residual == "projected_query" else query
+        rows.append(attention.norm(added + attention.out_proj(weights @ values)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("residual", ["projected_query", "query"])
+def test_scorers_residual(residual):
+    model = tiny.vision_model(slice_hidden_size=SLICE_WIDTH, scorer_residual=residual)
+    outputs = model(**encoder_inputs(True))
+    patches = model.embeddings(volumes())[1]
+    guided = attended_by_hand(model.scorer.attention, patches, slice_features()[1], residual)
+    expected = torch.sigmoid(model.scorer.score_proj(guided)).reshape(model.config.grid_size)
+    torch.testing.assert_close(outputs.patch_scores[1], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("residual", ["projected_query", "query"])
+def test_packers_residual(residual):
+    model = tiny.generation_model(encoders="global", packer_residual=residual)
+    module = model.model.multi_modal_projector.global_packer
+    packed, _ = module(patch_states())
+    window = module.split_windows(patch_states())[20]
+    attended = attended_by_hand(module.attention, window.mean(dim=0, keepdim=True), window, residual)
+    expected = module.fc2(nn.functional.gelu(module.fc1(attended)))
+    torch.testing.assert_close(packed[1, 4], expected[0], atol=1e-5, rtol=0)  # 16 windows a volume
 
 
 @pytest.mark.parametrize("guided", [False, True])

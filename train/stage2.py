@@ -31,6 +31,9 @@ class ModelArguments:
     slice_encoder: str = field(default="", metadata={"help": "Frozen 2D encoder: a saved HSENetVisionModel."})
     init: Literal["stage1", "random"] = field(default="stage1", metadata={"help": "Where training starts from."})
     num_slices: int = field(default=32)
+    scorer_residual: Literal["projected_query", "query"] = field(
+        default="projected_query", metadata={"help": "What the scorer adds to its attention: see HSENetVisionConfig."}
+    )
     consistency_weight: float = field(default=0.1, metadata={"help": "lambda_s of the paper; 0: no anchor."})
     max_logit_scale: float = field(default=4.6052, metadata={"help": "The log temperature stays below: ln 100."})
 
@@ -40,7 +43,7 @@ def guided_model(anchor: HSENetCLIPModel, slice_encoder: HSENetVisionModel, argu
     anchor_config = anchor.config.to_dict()
     config = HSENetCLIPConfig(
         guidance="slices",
-        vision_config=anchor_config["vision_config"],
+        vision_config={**anchor_config["vision_config"], "scorer_residual": arguments.scorer_residual},
         text_config=anchor_config["text_config"],
         slice_config=slice_encoder.config.to_dict(),
         num_slices=arguments.num_slices,

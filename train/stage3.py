@@ -39,6 +39,9 @@ class ModelArguments:
     encoders: Literal["both", "global", "local"] = field(default="both")
     packer_window_size: list[int] = field(default_factory=lambda: [1, 4, 4])
     packer_dropout: float = field(default=0.1)
+    packer_residual: Literal["projected_query", "query"] = field(
+        default="projected_query", metadata={"help": "What a packer adds to its attention: see HSENetConfig."}
+    )
     tasks: list[str] = field(default_factory=lambda: ["reports", "vqa"])
     questions_per_row: int = field(
         default=1, metadata={"help": "Questions of a volume that share its tokens: same loss, fewer tokens."}
@@ -67,6 +70,7 @@ def assemble(
         text_config=language_model.config.to_dict(),
         packer_window_size=arguments.packer_window_size,
         packer_dropout=arguments.packer_dropout,
+        packer_residual=arguments.packer_residual,
         num_slices=stage2.config.num_slices,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         initializer_range=stage1.config.initializer_range,
