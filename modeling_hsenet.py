@@ -355,6 +355,18 @@ class HSENetPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As [`PreTrainedModel.from_pretrained`], but a weight that the files do not give is an error, not a guess."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if wrong := [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))]:
+            raise ValueError(
+                f"{len(wrong)} weights of {cls.__name__} are missing in the files or have another shape, and would "
+                f"start at random: {', '.join(wrong[:10])}{', ...' if len(wrong) > 10 else ''}. Expected a complete "
+                "checkpoint: download or convert it again."
+            )
+        return (model, info) if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Linear: normal(0, initializer_range), zero bias. LayerNorm: 1, 0. Positions: truncated normal. CLS: 0."""
@@ -372,6 +384,7 @@ class HSENetVisionModel(HSENetPreTrainedModel):
     """A ViT over volumes (or slices), with the slice-guided scorer when `config.slice_hidden_size` is set."""
 
     config: HSENetVisionConfig
+    _auto_class = "AutoModel"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _can_record_outputs = {"hidden_states": HSENetEncoderLayer, "attentions": HSENetAttention}
