@@ -17,7 +17,12 @@ from configuration_hsenet import HSENetCLIPConfig
 from hsenet.collators import ContrastiveCollator
 from hsenet.data import VolumeRows, load_rows, one_per_study, report_text
 from hsenet.evaluation import embed, evaluate_retrieval
-from hsenet.losses import global_similarity, image_text_contrastive_loss, semantic_consistency_loss
+from hsenet.losses import (
+    consistency_weight,
+    global_similarity,
+    image_text_contrastive_loss,
+    semantic_consistency_loss,
+)
 from hsenet.report_augmentation import ReportAugmentation
 from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
 from hsenet.volume_cache import cache_volumes
@@ -35,6 +40,20 @@ class ModelArguments:
         default="projected_query", metadata={"help": "What the scorer adds to its attention: see HSENetVisionConfig."}
     )
     consistency_weight: float = field(default=0.1, metadata={"help": "lambda_s of the paper; 0: no anchor."})
+    consistency_schedule: Literal["constant", "linear_decay"] = field(
+        default="constant",
+        metadata={"help": "The weight over the steps: the paper's, or the released code's, which ends at 0."},
+    )
+    consistency_decay_steps: int = field(
+        default=5000, metadata={"help": "With linear_decay: optimiser steps after which there is no anchor any more."}
+    )
+    consistency_scale: Literal["teacher", "student"] = field(
+        default="teacher",
+        metadata={"help": "Whose temperature scales the anchor's logits: its own, or (released) stage 2's."},
+    )
+    consistency_scale_gradient: bool = field(
+        default=False, metadata={"help": "Whether stage 2's temperature learns from the anchor too (released: yes)."}
+    )
     max_logit_scale: float = field(default=4.6052, metadata={"help": "The log temperature stays below: ln 100."})
 
 
@@ -126,9 +145,21 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
             anchor_similarity = global_similarity(
                 anchor_images[index].to(loss.device), anchor_texts[index].to(loss.device)
             )
-            consistency = semantic_consistency_loss(similarity, anchor_similarity, log_scale.exp())
-            loss = loss + model_arguments.consistency_weight * consistency
-            values["consistency"] = consistency.item()
+            consistency = semantic_consistency_loss(
+                similarity,
+                anchor_similarity,
+                log_scale.exp(),
+                anchor.logit_scale.exp() if model_arguments.consistency_scale == "teacher" else None,
+                scale_gradient=model_arguments.consistency_scale_gradient,
+            )
+            weight = consistency_weight(
+                step,
+                model_arguments.consistency_weight,
+                model_arguments.consistency_schedule,
+                model_arguments.consistency_decay_steps,
+            )
+            loss = loss + weight * consistency
+            values |= {"consistency": consistency.item(), "consistency_weight": weight}
         return loss, values
 
     def evaluate(model: HSENetCLIPModel) -> dict[str, float]:
