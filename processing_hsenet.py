@@ -142,8 +142,7 @@ class HSENetImageProcessor(BaseImageProcessor):
             dataset (`"ct_rate"` or `"bimcv_r"`): whose preparation; BIMCV-R's is that of files up to 200 MB.
             changes: other settings, such as the sizes of a smaller model.
         """
-        if dataset not in RELEASED_SETTINGS:
-            raise ValueError(f"dataset should be one of {tuple(RELEASED_SETTINGS)}, got {dataset!r}.")
+        _check_choice("dataset", dataset, tuple(RELEASED_SETTINGS))
         return cls(**{**RELEASED_SETTINGS[dataset], **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -321,8 +320,15 @@ class HSENetProcessor(ProcessorMixin):
             Tokens that a volume takes in the prompt, the model's `config.image_seq_length`; `None` for a contrastive
             model, whose texts have no placeholders.
         image_token (`str`): the placeholder.
+        prompt_style (`"chat"` or `"plain"`):
+            What a bare question becomes: a turn of the chat template, which is what instruct language models know, or
+            (released weights) the plain prompt, without roles or system prompt. Training and evaluation follow it.
+        plain_prompt_layout (`"adjacent"` or `"separate_line"`):
+            The plain prompt's order: the tokenizer's BOS, the volume's placeholders, the question, with nothing
+            between them (released weights), or with a line break between volume and question.
         chat_template (`str`, *optional*):
-            By default the tokenizer's own, made to accept volumes, or else the paper's plain prompt.
+            By default the tokenizer's own, made to accept volumes; the plain prompt if it has none or
+            `prompt_style="plain"`.
     """
 
     _auto_class = "AutoProcessor"
@@ -333,8 +339,14 @@ class HSENetProcessor(ProcessorMixin):
         tokenizer=None,
         image_seq_length: int | None = None,
         image_token: str = "<image>",
+        prompt_style: Literal["chat", "plain"] = "chat",
+        plain_prompt_layout: Literal["adjacent", "separate_line"] = "adjacent",
         chat_template: str | None = None,
     ):
+        _check_choice("prompt_style", prompt_style, ("chat", "plain"))
+        _check_choice("plain_prompt_layout", plain_prompt_layout, ("adjacent", "separate_line"))
+        self.prompt_style = prompt_style
+        self.plain_prompt_layout = plain_prompt_layout
         self.image_seq_length = image_seq_length
         self.image_token = image_token
         self.image_token_id = None
@@ -343,9 +355,11 @@ class HSENetProcessor(ProcessorMixin):
             tokenizer.padding_side = "left"  # generation continues at the right end of every row
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
+            if chat_template is None and prompt_style == "chat" and tokenizer.chat_template is not None:
+                chat_template = VOLUMES_TO_TEXT.replace("<image>", image_token) + tokenizer.chat_template
             if chat_template is None:
-                volumes_to_text = VOLUMES_TO_TEXT.replace("<image>", image_token)
-                chat_template = volumes_to_text + (tokenizer.chat_template or PLAIN_PROMPT_TEMPLATE)
+                placeholder = image_token + self._separator.replace("\n", "\\n")  # inside a string of the template
+                chat_template = VOLUMES_TO_TEXT.replace("<image>", placeholder) + PLAIN_PROMPT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(
@@ -363,7 +377,7 @@ class HSENetProcessor(ProcessorMixin):
             images: The platform's standard name for `volumes`.
             text (`str` or `list[str]`, *optional*):
                 With one image token where each volume belongs. If no text has one and there are as many texts as
-                volumes, each becomes the paper's plain prompt: see [`~HSENetProcessor.plain_prompt`].
+                volumes, each becomes a prompt for its volume: see [`~HSENetProcessor.prompt`].
             volumes: One scan or a list; see [`HSENetImageProcessor.preprocess`], also for `affine` and `spacing`.
             return_tensors (`str`, *optional*): `"pt"` or `"np"`.
             kwargs: To the tokenizer; `padding=True` is the default, padding on the right is refused.
@@ -393,9 +407,28 @@ class HSENetProcessor(ProcessorMixin):
             features, tensor_type=return_tensors, skip_tensor_conversion=skip or ["text_replacement_offsets"]
         )
 
+    def prompt(self, question: str) -> str:
+        """The text, with one placeholder, that asks about one volume, in the processor's `prompt_style`."""
+        if self.prompt_style == "plain":
+            return self.plain_prompt(question)
+        return self.apply_chat_template(_dialogue(question), tokenize=False, add_generation_prompt=True)
+
     def plain_prompt(self, question: str) -> str:
-        """The paper's prompt for one volume: the tokenizer's BOS, the volume, the question, nothing between them."""
-        return f"{self.tokenizer.bos_token or ''}{self.image_token}{question}"
+        """The paper's prompt for one volume: the tokenizer's BOS, volume, question, by `plain_prompt_layout`."""
+        return f"{self.tokenizer.bos_token or ''}{self.image_token}{self._separator}{question}"
+
+    def answer(self, question: str, answer: str) -> str:
+        """What the model writes after `prompt(question)`, up to and with its end token: the target of training."""
+        if self.prompt_style == "plain":
+            return f" {answer}{self.tokenizer.eos_token}"
+        prompt = self.prompt(question)
+        dialogue = self.apply_chat_template(_dialogue(question, answer), tokenize=False)
+        if not dialogue.startswith(prompt):
+            raise ValueError(
+                "Expected a chat template whose dialogues start with the prompt for generation, got one that puts "
+                f'other text before the answer: use prompt_style="plain" (prompt {prompt!r}, dialogue {dialogue!r}).'
+            )
+        return dialogue[len(prompt) :]
 
     def tokenize_prompts(self, prompts: list[str], **kwargs) -> BatchFeature:
         """Texts with placeholders whose volumes the model gets otherwise, such as cached `slice_features`."""
@@ -419,12 +452,16 @@ class HSENetProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
+    @property
+    def _separator(self) -> str:
+        return "\n" if self.plain_prompt_layout == "separate_line" else ""
+
     def _match_texts(self, texts: list[str], num_volumes: int) -> list[str]:
         if self.image_seq_length is None:
             return texts  # contrastive: any number of volumes against any number of texts
         num_placeholders = sum(text.count(self.image_token) for text in texts)
         if num_placeholders == 0 and len(texts) == num_volumes:
-            return [self.plain_prompt(text) for text in texts]
+            return [self.prompt(text) for text in texts]
         if num_placeholders != num_volumes:
             raise ValueError(
                 f"Expected one {self.image_token} in the texts for each volume, got {num_placeholders} in "
@@ -444,7 +481,7 @@ class HSENetProcessor(ProcessorMixin):
                     'Expected padding_side="left", got "right": with padding between prompt and answer, batched '
                     "generation would give other texts than single generation."
                 )
-            # The plain prompt starts with BOS: a tokenizer that adds one itself would double it.
+            # A prompt may start with BOS: a tokenizer that adds one itself would double it.
             bos = self.tokenizer.bos_token
             if bos is not None and all(text.startswith(bos) for text in texts):
                 kwargs.setdefault("add_special_tokens", False)
@@ -519,6 +556,11 @@ def _split_kwargs(kwargs: dict) -> tuple[dict, dict]:
     return text_kwargs, {name: value for name, value in images_kwargs.items() if name in ("affine", "spacing")}
 
 
+def _dialogue(question: str, answer: str | None = None) -> list[dict]:
+    user = {"role": "user", "content": [{"type": "volume"}, {"type": "text", "text": question}]}
+    return [user] if answer is None else [user, {"role": "assistant", "content": answer}]
+
+
 def _volumes_as_images(conversation: list[dict]) -> list[dict]:
     """The platform collects content items of type "image" only."""
     return [
@@ -580,16 +622,20 @@ _CHOICES = {
     "slice_selection": ("uniform", "slab_mean"),
     "slice_fit": ("field_of_view", "whole_plane"),
     "slice_rotation": (-90, 0, 90, 180),
-    "slice_jpeg_quality": (None, *range(1, 101)),
 }
 
 
+def _check_choice(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} should be {' or '.join(map(repr, choices))}, got {value!r}.")
+
+
 def _check_settings(processor: HSENetImageProcessor) -> None:
-    settings = vars(processor)
     for name, choices in _CHOICES.items():
-        if settings[name] not in choices:
-            expected = " or ".join(map(repr, choices)) if len(choices) < 9 else "None or a whole number from 1 to 100"
-            raise ValueError(f"{name} should be {expected}, got {settings[name]!r}.")
+        _check_choice(name, vars(processor)[name], choices)
+    quality = processor.slice_jpeg_quality
+    if quality is not None and quality not in range(1, 101):
+        raise ValueError(f"slice_jpeg_quality should be None or a whole number from 1 to 100, got {quality!r}.")
     if processor.volume_fit == "nonzero_box" and (processor.spacing is not None or not processor.crop_to_body):
         raise ValueError(
             f'volume_fit="nonzero_box" crops in its own way, got spacing {processor.spacing} and crop_to_body '

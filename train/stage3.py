@@ -43,6 +43,12 @@ class ModelArguments:
         default="projected_query", metadata={"help": "What a packer adds to its attention: see HSENetConfig."}
     )
     tasks: list[str] = field(default_factory=lambda: ["reports", "vqa"])
+    prompt_style: Literal["chat", "plain"] = field(
+        default="chat",
+        metadata={
+            "help": "The language model's chat template, if it has one, or the plain prompt of the paper's code."
+        },
+    )
     questions_per_row: int = field(
         default=1, metadata={"help": "Questions of a volume that share its tokens: same loss, fewer tokens."}
     )
@@ -57,8 +63,8 @@ def assemble(
     """Both trained encoders and the language model in one model; only the packers are new."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    # Training runs on the plain prompt: an instruct template saved with the model would be a prompt it never saw.
-    tokenizer.chat_template = None
+    if arguments.prompt_style == "plain":
+        tokenizer.chat_template = None  # saved with the model, it would be a prompt that the model never saw
     language_model = AutoModelForCausalLM.from_pretrained(arguments.language_model, dtype=torch.float32)
     if len(tokenizer) > language_model.config.vocab_size:
         language_model.resize_token_embeddings(len(tokenizer))
@@ -115,7 +121,12 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     stage2 = HSENetCLIPModel.from_pretrained(model_arguments.stage2)
     image_processor = HSENetProcessor.from_pretrained(model_arguments.stage2).image_processor
     model, tokenizer = assemble(stage1, stage2, model_arguments)
-    processor = HSENetProcessor(image_processor, tokenizer, image_seq_length=model.config.image_seq_length)
+    processor = HSENetProcessor(
+        image_processor,
+        tokenizer,
+        image_seq_length=model.config.image_seq_length,
+        prompt_style=model_arguments.prompt_style,
+    )
     model = with_lora(model, model_arguments)
     if training.gradient_checkpointing:
         model.enable_input_require_grads()
