@@ -58,8 +58,9 @@ class HSENetImageProcessor(BaseImageProcessor):
         num_slices (`int`): axial slices for the 2D encoder; 0 for models without slice guidance.
         slice_size (`tuple[int, int]`): height and width of a slice.
         slice_axis (`"depth"` or `"depth_if_shorter"`):
-            Along which axis slices follow each other. `"depth_if_shorter"` (released weights, CT-RATE): the height
-            instead where the scan has at least as many planes along the depth, as spaced as those would be.
+            Along which axis slices follow each other. `"depth_if_shorter"` (released weights, CT-RATE): along the
+            height where the depth has at least as many planes, with the millimetres of depth, height, width in order
+            counted for height, width, depth.
         slice_hu_window (`tuple[float, float]`, *optional*): HU that become black and white; `None`: none are clipped.
         slice_normalization (`"window"`, `"slice_min_max"` or `"volume_min_max"`):
             What becomes black and white: the window's ends, or the extremes of each slice or of the whole scan
