@@ -32,16 +32,16 @@ def write_scan(
     shape: tuple = (20, 24, 10),
     spacing: tuple = (0.9, 0.9, 3.0),
     signs: tuple = (-1, -1, 1),
-    *,
-    whole: bool = False,
+    hu: tuple | None = None,
 ) -> np.ndarray:
-    """A NIfTI file of a bright body of noise in noise that is cut off by both windows; returns its (X, Y, Z) HU."""
+    """A NIfTI file; returns its (X, Y, Z) HU: a body of noise in air, beyond all windows, or only the values `hu`."""
     generator = np.random.default_rng(0)
-    array = np.full(shape, -1500.0) if not whole else generator.uniform(-900, -700, shape)
+    array = np.full(shape, -1500.0)
+    array[1:-1, 1:, 1:-1] = -998  # what the volume is cropped to: a faint rim, far below soft tissue
     inner = tuple(slice(size // 5, -size // 6) for size in shape)
     array[inner] = generator.uniform(-1200, 1400, array[inner].shape)
-    if whole:
-        array = array.clip(-900, 150)  # neither end of the windows occurs
+    if hu is not None:
+        array = generator.choice(hu, shape)
     array = array.astype(np.float32)
     affine = np.diag([*(sign * size for sign, size in zip(signs, spacing, strict=True)), 1.0])
     nibabel.save(nibabel.Nifti1Image(array, affine), path)
@@ -121,7 +121,9 @@ def assert_close(actual: torch.Tensor, expected: np.ndarray) -> None:
 
 SCANS = {
     "usual": {},
-    "neither end of the windows": {"whole": True},
+    "neither end of the windows": {"hu": np.linspace(-900, 150, 999)},
+    # On the grid already, in whole HU, two of which fall on an 8-bit step or just below it, by the order of rounding
+    "on 8-bit steps": {"hu": (-900, -260, 380, 700), "spacing": (0.75, 0.75, 1.5)},
     "other directions": {"signs": (1, -1, -1)},
     "fewer planes than slices": {"shape": (20, 24, 9), "spacing": (0.9, 0.9, 0.8)},
     "as many planes as columns": {"shape": (12, 16, 12), "spacing": (1.1, 1.1, 1.2)},
