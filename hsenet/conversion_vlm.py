@@ -89,7 +89,13 @@ def convert_vlm(
     tensors, peft_config = read_adapter(trained, config, lora_alpha, report)
     model = _assembled(config, stage1_clip, stage2_clip, text_model, tensors)
     image_processor = released_image_processor(stage2_clip.config, dataset)
-    processor = HSENetProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+    processor = HSENetProcessor(
+        image_processor,
+        tokenizer,
+        image_seq_length=config.image_seq_length,
+        prompt_style="plain",
+        plain_prompt_layout="adjacent",
+    )
     with finished_folder(output) as folder:
         if adapter is None:
             merge_lora(model, tensors, lora_alpha / peft_config.r)

@@ -1,7 +1,7 @@
 # Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
 """Renames a checkpoint's tensors by a table, completely or not at all.
 
-A table is data. In its names `#` stands for a layer's number, `*` for one last part (`weight` or `bias`), `**` for any
+A table is data. In its names `#` stands for a layer's number, `*` for `weight` or `bias`, `**` for any
 parts; what they stand for in a source name is put at the same place in the target name.
 """
 
@@ -31,7 +31,7 @@ class Dropped:
     Args:
         reason (`str`): goes to the report.
         shaped_like (`str`, *optional*):
-            A tensor of the source with the same shape: the dropped one is then part of the layout and is checked for
+            A tensor of the target with the same shape: the dropped one is then part of the layout and is checked for
             presence and shape like all others. `None`: it may be absent.
     """
 
@@ -61,7 +61,7 @@ class NameTable:
                 for row in self.computed
             ),
             {
-                source + name: Dropped(row.reason, source + row.shaped_like if row.shaped_like else None)
+                source + name: Dropped(row.reason, target + row.shaped_like if row.shaped_like else None)
                 for name, row in self.dropped.items()
             },
         )
@@ -116,7 +116,7 @@ def rename(
                 problems += [f"{name} is missing" for name in absent]
                 continue
             problems += _compute(row, sources, targets, unused, expected, done)
-    problems += _drop(table, tensors, unused, done)
+    problems += _drop(table, expected, unused, done)
     problems += [
         f"{name} of shape {tuple(tensor.shape)} is not part of this layout" for name, tensor in unused.items()
     ]
@@ -148,21 +148,18 @@ def _compute(row: Computed, sources: list, targets: list, unused: dict, expected
     return []
 
 
-def _drop(table: NameTable, tensors: dict, unused: dict, done: Renaming) -> list[str]:
+def _drop(table: NameTable, expected: dict, unused: dict, done: Renaming) -> list[str]:
     problems = []
     for pattern, row in table.dropped.items():
-        if row.shaped_like is not None:
-            for filling in _fillings(row.shaped_like, tensors):
-                name, like = _fill(pattern, filling), tensors[_fill(row.shaped_like, filling)]
-                if name not in unused:
-                    problems.append(f"{name} is missing")
-                elif unused[name].shape != like.shape:
-                    problems.append(f"{name}: expected shape {tuple(like.shape)}, got {tuple(unused[name].shape)}")
-                    del unused[name]
-        for filling in _fillings(pattern, dict(unused)):
-            name = _fill(pattern, filling)
-            done.dropped[name] = row.reason
-            del unused[name]
+        for filling in _fillings(row.shaped_like, expected) if row.shaped_like is not None else ():
+            name, shape = _fill(pattern, filling), expected[_fill(row.shaped_like, filling)].shape
+            if name not in unused:
+                problems.append(f"{name} is missing")
+            elif unused[name].shape != shape:
+                problems.append(f"{name}: expected shape {tuple(shape)}, got {tuple(unused.pop(name).shape)}")
+        for filling in list(_fillings(pattern, unused)):
+            done.dropped[_fill(pattern, filling)] = row.reason
+            del unused[_fill(pattern, filling)]
     return problems
 
 
@@ -175,7 +172,7 @@ def _and(shapes: list[tuple]) -> str:
     return " and ".join(map(str, shapes))
 
 
-_WILDCARDS = {"#": r"(\d+)", "**": r"(.+)", "*": r"([^.]+)"}
+_WILDCARDS = {"#": r"(\d+)", "**": r"(.+)", "*": r"(weight|bias)"}
 
 
 def _fillings(pattern: str, names: dict) -> Iterator[tuple[str, ...]]:
