@@ -1,5 +1,8 @@
 """The models' laws and values on tiny real configurations: encoders, packers, contrastive and generating models."""
 
+from itertools import product
+from math import prod
+
 import einops
 import pytest
 import tiny
@@ -96,14 +99,25 @@ def test_scorers_residual(residual):
 
 
 @pytest.mark.parametrize("residual", ["projected_query", "query"])
-def test_packers_residual(residual):
-    model = tiny.generation_model(encoders="global", packer_residual=residual)
-    module = model.model.multi_modal_projector.global_packer
-    packed, _ = module(patch_states())
-    window = module.split_windows(patch_states())[20]
-    attended = attended_by_hand(module.attention, window.mean(dim=0, keepdim=True), window, residual)
-    expected = module.fc2(nn.functional.gelu(module.fc1(attended)))
-    torch.testing.assert_close(packed[1, 4], expected[0], atol=1e-5, rtol=0)  # 16 windows a volume
+@pytest.mark.parametrize("window", [(1, 4, 4), (2, 2, 2), (2, 4, 4), (1, 8, 8)])
+def test_packer_by_hand(window, residual):
+    """The paper's windows, each patch looked up by its index in the grid."""
+    grid = (2, 16, 8)
+    vision_config = {**tiny.VISION, "image_size": grid, "patch_size": (1, 1, 1)}
+    config = tiny.generation_model(
+        encoders="global", vision_config=vision_config, packer_window_size=window, packer_residual=residual
+    ).config
+    torch.manual_seed(4)
+    module = HSENetSpatialPacker(config, config.vision_config).eval()
+    patches = torch.randn(1, prod(grid), vision_config["hidden_size"])
+    rows = []
+    for corner in product(*(range(0, size, step) for size, step in zip(grid, window, strict=True))):
+        offsets = product(*(range(start, start + step) for start, step in zip(corner, window, strict=True)))
+        voxel = torch.stack([patches[0, (d * grid[1] + h) * grid[2] + w] for d, h, w in offsets])
+        attended = attended_by_hand(module.attention, voxel.mean(dim=0, keepdim=True), voxel, residual)
+        rows.append(module.fc2(nn.functional.gelu(module.fc1(attended)))[0])
+    assert len(rows) == config.image_seq_length
+    torch.testing.assert_close(module(patches)[0][0], torch.stack(rows), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("guided", [False, True])
