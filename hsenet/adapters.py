@@ -9,7 +9,6 @@ Each adapter brings its own packers, so that one base serves several tasks and i
     merged = merge_adapter(model, "vqa")  # a plain model without PEFT
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -48,9 +47,9 @@ def lora_config(
 
 
 def adapter_layout(model: HSENetForConditionalGeneration, config: LoraConfig) -> dict[str, torch.Tensor]:
-    """Names and shapes of the adapter's tensors on disk, on the meta device. `model` is changed: give it away."""
+    """Names and shapes of the adapter's tensors on disk; `model`, on the meta device, is changed."""
     with torch.device("meta"):
-        return get_peft_model_state_dict(get_peft_model(model.to("meta"), config))
+        return get_peft_model_state_dict(get_peft_model(model, config))
 
 
 def save_adapter(tensors: dict[str, torch.Tensor], config: LoraConfig, folder: str | Path) -> None:
@@ -74,15 +73,15 @@ def load_adapters(model: HSENetForConditionalGeneration, folders: dict[str, str 
     Raises:
         `ValueError`: if an adapter doesn't fit the base or isn't complete; it names the tensors.
     """
-    peft_model = None
+    peft_model, model_class, config = None, type(model), model.config
     for name, source in folders.items():
         folder = locate(source, (ADAPTER_WEIGHTS,))[0]
-        _check_packers(folder)
+        with torch.device("meta"):
+            _check_complete(name, folder, model_class(config))
         if peft_model is None:
             peft_model = PeftModel.from_pretrained(model, folder, adapter_name=name)
         else:
             peft_model.load_adapter(folder, adapter_name=name)
-        _check_complete(peft_model, name, folder)
     if peft_model is None:
         raise ValueError("Expected at least one adapter, got none.")
     return peft_model.eval()
@@ -109,19 +108,16 @@ def merge_lora(model: HSENetForConditionalGeneration, adapter: dict[str, torch.T
             weight.data = (weight.data.float() + scale * (lora_b.float() @ lora_a.float())).to(weight.dtype)
 
 
-def _check_packers(folder: str | Path) -> None:
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    if config.get("modules_to_save") != [PACKERS]:
+def _check_complete(name: str, folder: Path, base: HSENetForConditionalGeneration) -> None:
+    """PEFT only warns about LoRA that it did not find. `base` is changed: a model on the meta device."""
+    config = LoraConfig.from_pretrained(folder)
+    if config.modules_to_save != [PACKERS]:
         raise ValueError(
             f"Expected an adapter with its own packers (modules_to_save: ['{PACKERS}']), got "
-            f"{config.get('modules_to_save')}: this one was not made by HSENet's stage 3."
+            f"{config.modules_to_save}: this one was not made by HSENet's stage 3."
         )
-
-
-def _check_complete(model: PeftModel, name: str, folder: str | Path) -> None:
-    """PEFT only warns about what it did not find."""
-    expected = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model, adapter_name=name).items()}
-    with safe_open(Path(folder) / ADAPTER_WEIGHTS, "pt") as file:
+    expected = {key: tuple(tensor.shape) for key, tensor in adapter_layout(base, config).items()}
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         got = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     if wrong := sorted(key for key in expected.keys() | got.keys() if expected.get(key) != got.get(key)):
         shown = "; ".join(f"{key}: expected {expected.get(key)}, got {got.get(key)}" for key in wrong[:10])

@@ -108,13 +108,18 @@ def _outputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     vocabulary = config.text_config.vocab_size
     words = (torch.arange(1, 9) * 7919 % vocabulary).unsqueeze(0)
     if config.model_type == "hsenet_clip":
-        outputs = model(input_ids=words, **inputs)
-        embeds = {"image embeddings": outputs.image_embeds, "text embeddings": outputs.text_embeds}
-        return {**features, **embeds, "logits": outputs.logits_per_image}
-    words[words == config.image_token_id] = (config.image_token_id + 1) % vocabulary
-    placeholders = torch.full((1, config.image_seq_length), config.image_token_id)
-    outputs = model(input_ids=torch.cat([placeholders, words], dim=1), logits_to_keep=1, **inputs)
-    return {**features, "packed tokens": outputs.image_hidden_states, "logits": outputs.logits}
+        outputs = model(input_ids=words, output_patch_scores=True, **inputs)
+        features |= {"image embeddings": outputs.image_embeds, "text embeddings": outputs.text_embeds}
+        logits = outputs.logits_per_image
+    else:
+        words[words == config.image_token_id] = (config.image_token_id + 1) % vocabulary
+        placeholders = torch.full((1, config.image_seq_length), config.image_token_id)
+        input_ids = torch.cat([placeholders, words], dim=1)
+        outputs = model(input_ids=input_ids, logits_to_keep=1, output_patch_scores=True, **inputs)
+        features["packed tokens"], logits = outputs.image_hidden_states, outputs.logits
+    if outputs.patch_scores is not None:
+        features["patch scores"] = outputs.patch_scores
+    return {**features, "logits": logits}
 
 
 def _waves(*shape: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ LANGUAGE = Phi3Config(
     bos_token_id=0,
     eos_token_id=0,
     pad_token_id=0,
-    initializer_range=0.2,
+    initializer_range=0.1,
 )
 
 
@@ -59,7 +59,9 @@ def tiny_tensors(name: str, sizes: dict[int, int], seed: int = 0) -> dict[str, t
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for key, shape in shapes(name).items():
-        tensors[key] = torch.randn([sizes[size] for size in shape], generator=generator) * 0.2
+        tensors[key] = torch.randn([sizes[size] for size in shape], generator=generator) * (
+            0.1 if "lora" in key else 0.2
+        )
         if "norm" in key.lower() and key.endswith("weight"):
             tensors[key] += 1
         if key.endswith("logit_scale"):

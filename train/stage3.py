@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from configuration_hsenet import HSENetConfig
+from hsenet.adapters import lora_config
 from hsenet.collators import ReportCollator
 from hsenet.data import SimilarLengthSampler, VolumeRows, generation_rows, load_rows
 from hsenet.evaluation import evaluate_language_loss
@@ -95,19 +96,7 @@ def assemble(
 
 def with_lora(model: HSENetForConditionalGeneration, arguments: ModelArguments) -> nn.Module:
     """LoRA on every linear layer of the language model, as the paper; the packers train in full."""
-    backbone = "model.language_model"
-    linear = [
-        f"{backbone}.{name}"
-        for name, module in model.get_submodule(backbone).named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    peft_config = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=linear,
-        modules_to_save=["multi_modal_projector"],
-    )
+    peft_config = lora_config(model, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout)
     return get_peft_model(model, peft_config)
 
 
