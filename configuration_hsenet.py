@@ -209,9 +209,14 @@ def _three_sizes(name: str, sizes: list[int] | tuple[int, ...]) -> tuple[int, ..
 
 
 def _vision_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
-    if config is None or isinstance(config, dict):
-        return HSENetVisionConfig(**(config or {}))
-    return deepcopy(config)  # `slice_hidden_size` is set on it; the caller's own, of another model perhaps, stays
+    return _own(HSENetVisionConfig(**(config or {})) if config is None or isinstance(config, dict) else config)
+
+
+def _own(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy, on which more is set, that keeps no trace of the folder that another model came from."""
+    config = deepcopy(config)
+    config._name_or_path = ""
+    return config
 
 
 def _slice_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
@@ -224,9 +229,7 @@ def _slice_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
 def _text_config(config: dict | PreTrainedConfig | None, default) -> PreTrainedConfig:
     if config is None:
         return default()
-    if isinstance(config, dict):
-        return AutoConfig.for_model(**config)
-    return config
+    return _own(AutoConfig.for_model(**config) if isinstance(config, dict) else config)
 
 
 def _phi4_mini_config() -> Phi3Config:

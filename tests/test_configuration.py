@@ -5,7 +5,7 @@ import tiny
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
-from transformers import GPT2Config
+from transformers import BertConfig, GPT2Config
 
 from configuration_hsenet import HSENetCLIPConfig, HSENetConfig, HSENetVisionConfig
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
@@ -192,3 +192,15 @@ def test_language_model_configuration_may_be_an_object():
     config = HSENetConfig(text_config=GPT2Config(n_embd=48, n_layer=1, n_head=2))
     assert isinstance(config.text_config, GPT2Config) and config.text_config.hidden_size == 48
     assert HSENetConfig.from_dict(config.to_dict()).text_config.to_dict() == config.text_config.to_dict()
+
+
+def test_no_trace_of_the_folders_that_the_parts_came_from(tmp_path):
+    HSENetVisionConfig(**tiny.VISION).save_pretrained(tmp_path)
+    BertConfig().save_pretrained(tmp_path / "text")
+    vision, text = HSENetVisionConfig.from_pretrained(tmp_path), BertConfig.from_pretrained(tmp_path / "text")
+    assert str(tmp_path) in vision._name_or_path
+    for as_dict in (False, True):
+        parts = (vision.to_dict(), text.to_dict()) if as_dict else (vision, text)
+        config = HSENetCLIPConfig(vision_config=parts[0], text_config=parts[1])
+        assert str(tmp_path) not in config.to_json_string()
+    assert str(tmp_path) in vision._name_or_path  # the caller's own stays
