@@ -15,7 +15,7 @@ import torch
 
 from hsenet.conversion import BIOMEDCLIP_ID, convert_clip, convert_slice_encoder
 from hsenet.conversion_output import Report
-from hsenet.fingerprint import check_fingerprint, store_fingerprint
+from hsenet.fingerprint import FILE, check_fingerprint, store_fingerprint
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,6 +146,9 @@ def _parsed(options: dict) -> dict:
 
 def _print(output: str, report: Report) -> None:
     print("\n".join([*report.lines(), f"written to {output}"]))
+    fingerprint = Path(output) / FILE
+    if fingerprint.exists():  # an adapter alone has none
+        print(f"fingerprint {json.loads(fingerprint.read_text())['hash']}")
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ def test_clip_computes_the_same(kind, sources, tmp_path, capsys):
         options += ["--teacher", tmp_path / "teacher"]
     assert run("convert", kind, source, tmp_path / "clip", *options) == 0
     printed = capsys.readouterr().out
-    assert "dropped, 2: never used" in printed and "computed, 1: logarithm" in printed
+    assert "dropped, 2: never used" in printed and "computed, 1: logarithm" in printed and "\nfingerprint " in printed
     model, processor = (auto.from_pretrained(tmp_path / "clip") for auto in (AutoModel, AutoProcessor))
     inputs = dict(processor(text=tiny.SENTENCES[:3], return_tensors="pt"))
     inputs["pixel_values"] = torch.rand(2, 1, *tiny.IMAGE_SIZE)
