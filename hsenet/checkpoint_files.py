@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -87,7 +87,12 @@ def _download(repository: str, inside: str, weight_files: tuple[str, ...]) -> tu
     subfolder = str(Path(inside).parent if is_file else Path(inside)).strip("./")
     prefix = f"{subfolder}/" if subfolder else ""
     small = [f"{prefix}{pattern}" for pattern in ("*.json", "*.txt", "*.model", "*.jinja")]
-    snapshot = Path(snapshot_download(repository, allow_patterns=small))
+    try:
+        snapshot = Path(snapshot_download(repository, allow_patterns=small))
+    except LocalEntryNotFoundError as error:
+        raise ConversionError(
+            f"The Hub cannot be reached, and {repository} is not in its local cache: give a local folder or file."
+        ) from error
     for name in [Path(inside).name] if is_file else weight_files:
         try:
             hf_hub_download(repository, prefix + name)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ViTConfig
 
 from configuration_hsenet import HSENetCLIPConfig, HSENetVisionConfig
 from hsenet.checkpoint_files import Checkpoint, read_checkpoint
@@ -271,13 +271,17 @@ def released_image_processor(config: HSENetCLIPConfig, dataset: str) -> HSENetIm
 
 
 def _vit_config(config: dict) -> HSENetVisionConfig:
-    settings = {name: config[name] for name in VIT_SETTINGS}
-    (height, width), (patch_height, patch_width) = _pair(config["image_size"]), _pair(config["patch_size"])
-    return HSENetVisionConfig(image_size=(1, height, width), patch_size=(1, patch_height, patch_width), **settings)
+    vit = ViTConfig(**config)  # files may leave out what is transformers' default
+    (height, width), (patch_height, patch_width) = _pair(vit.image_size), _pair(vit.patch_size)
+    return HSENetVisionConfig(
+        image_size=(1, height, width),
+        patch_size=(1, patch_height, patch_width),
+        **{name: getattr(vit, name) for name in VIT_SETTINGS},
+    )
 
 
-def _pair(size: int | list[int]) -> list[int]:
-    return [size, size] if isinstance(size, int) else size
+def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _timm_config(folder: Path) -> HSENetVisionConfig:

@@ -24,6 +24,7 @@ from transformers import (
 
 from configuration_hsenet import HSENetConfig
 from hsenet import HSENetImageProcessor, HSENetVisionModel, read_volume
+from hsenet import checkpoint_files as hsenet_files
 from hsenet.checkpoint_files import Checkpoint, read_checkpoint
 from hsenet.checkpoint_names import STAGE1_CLIP, STAGE2_CLIP, TEACHER_PREFIX, VLM_ADAPTER
 from hsenet.cli import main
@@ -223,8 +224,6 @@ def test_hub_ids(sources, tmp_path, monkeypatch):
         if not (repository / file).exists():
             raise hsenet_files.EntryNotFoundError(file)
 
-    from hsenet import checkpoint_files as hsenet_files
-
     monkeypatch.setattr(hsenet_files, "snapshot_download", lambda name, allow_patterns: str(repository))
     monkeypatch.setattr(hsenet_files, "hf_hub_download", hf_hub_download)
     checkpoint = read_checkpoint("someone/weights/clip")
@@ -234,6 +233,13 @@ def test_hub_ids(sources, tmp_path, monkeypatch):
     assert len(read_checkpoint("someone/weights/clip/model.safetensors").tensors) == 342
     with pytest.raises(ConversionError, match="found none"):
         read_checkpoint("someone/weights/other")
+
+    def unreachable(name, allow_patterns):
+        raise hsenet_files.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(hsenet_files, "snapshot_download", unreachable)
+    with pytest.raises(ConversionError, match="someone/weights is not in its local cache: give a local folder"):
+        read_checkpoint("someone/weights")
 
 
 def test_nothing_half_written_stays(sources, tmp_path, monkeypatch):
@@ -407,6 +413,11 @@ def test_plain_vit(model_class, tmp_path):
     randomize(original)
     original.save_pretrained(tmp_path / "source")
     assert run("convert", "vit", tmp_path / "source", tmp_path / "slices") == 0
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    assert config.pop("hidden_act") == "gelu"  # transformers' default, which old files leave out
+    (tmp_path / "source/config.json").write_text(json.dumps(config))
+    assert run("convert", "vit", tmp_path / "source", tmp_path / "again") == 0
+    assert json.loads((tmp_path / "again/config.json").read_text())["hidden_act"] == "gelu"
     slices = pictures(32)
     vit = original if model_class is ViTModel else original.vit
     expected = vit(slices).last_hidden_state
