@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from hsenet.conversion import BIOMEDCLIP_ID, convert_clip, convert_slice_encoder
+from hsenet.conversion import convert_clip
 from hsenet.conversion_output import Report
+from hsenet.conversion_slices import BIOMEDCLIP_ID, convert_slice_encoder
 from hsenet.fingerprint import FILE, check_fingerprint, store_fingerprint
 
 

@@ -1,31 +1,29 @@
 # Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
-"""From the released CLIP weights of HSENet and M3D, BiomedCLIP and plain ViTs to folders that `AutoModel` loads.
+"""From the released CLIP weights of HSENet and M3D to folders that `AutoModel` loads.
 
 Sources are folders, files or Hub ids, as `read_checkpoint` takes them. Each function writes a complete folder, or
 nothing and an error that names the tensors at fault, and returns the report that it writes into the folder.
-`conversion_vlm.py` does the same for the models that write.
+`conversion_slices.py` does the same for the 2D encoders, `conversion_vlm.py` for the models that write.
 """
 
 import json
-import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ViTConfig
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from configuration_hsenet import HSENetCLIPConfig, HSENetVisionConfig
 from hsenet.checkpoint_files import Checkpoint, read_checkpoint
-from hsenet.checkpoint_names import BIOMEDCLIP, STAGE1_CLIP, STAGE2_CLIP, TEACHER_PREFIX, VIT, VIT_CLASSIFIER
-from hsenet.conversion_output import Report, finished_folder
-from hsenet.fingerprint import store_fingerprint
-from hsenet.name_table import ConversionError, NameTable, Renaming, rename
+from hsenet.checkpoint_names import STAGE1_CLIP, STAGE2_CLIP, TEACHER_PREFIX
+from hsenet.conversion_output import Report, fill, finished_folder, on_meta, plain_config, write_model
+from hsenet.conversion_slices import BIOMEDCLIP_ID, read_slice_encoder
+from hsenet.name_table import ConversionError, Renaming
 from modeling_hsenet import HSENetCLIPModel, HSENetVisionModel
 from processing_hsenet import HSENetImageProcessor, HSENetProcessor
 
 
-BIOMEDCLIP_ID = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 # The released configurations' words for the 3D encoder, and ours.
 VISION_SETTINGS = {
     "img_size": "image_size",
@@ -36,13 +34,6 @@ VISION_SETTINGS = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
-# transformers' words for a ViT that are ours too.
-VIT_SETTINGS = ("num_channels", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-VIT_SETTINGS += ("hidden_act", "layer_norm_eps", "qkv_bias")
-# Width, layers and heads of timm's ViTs.
-TIMM_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
-# Traces of where a configuration came from, which are not for another model's.
-ORIGIN = ("_name_or_path", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype")
 
 
 def convert_clip(
@@ -96,25 +87,6 @@ def convert_clip(
     return report
 
 
-def convert_slice_encoder(source: str | Path, output: str | Path, *, dtype: torch.dtype = torch.float32) -> Report:
-    """BiomedCLIP's 2D trunk in open_clip's layout, or a plain ViT of transformers, as slice encoder."""
-    report = Report("slice encoder")
-    model = read_slice_encoder(source, report)
-    with finished_folder(output) as folder:
-        return write_model(model.to(dtype), None, folder, report)
-
-
-def write_model(
-    model: PreTrainedModel, processor: HSENetProcessor | HSENetImageProcessor | None, folder: Path, report: Report
-) -> Report:
-    """Saves model, processor and report, and the fingerprint of what loads from there."""
-    model.save_pretrained(folder)
-    if processor is not None:
-        processor.save_pretrained(folder)
-    report.write(folder, fingerprint=store_fingerprint(folder)["hash"])
-    return report
-
-
 def clip_model(
     checkpoint: Checkpoint,
     report: Report,
@@ -130,11 +102,11 @@ def clip_model(
     """
     settings = _clip_settings(checkpoint, text_config)
     if slice_encoder is None:
-        model = _on_meta(HSENetCLIPModel, HSENetCLIPConfig(**settings))
+        model = on_meta(HSENetCLIPModel, HSENetCLIPConfig(**settings))
         return fill(model, checkpoint.tensors, STAGE1_CLIP, "CLIP", checkpoint.label, report)
     settings["vision_config"]["scorer_residual"] = "projected_query"
     slices = {"slice_config": plain_config(slice_encoder.config.to_dict()), "num_slices": num_slices}
-    model = _on_meta(HSENetCLIPModel, HSENetCLIPConfig(guidance="slices", **slices, **settings))
+    model = on_meta(HSENetCLIPModel, HSENetCLIPConfig(guidance="slices", **slices, **settings))
     model.slice_encoder = None  # while the rest is filled, all of which is in the file
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(TEACHER_PREFIX)}
     fill(model, tensors, STAGE2_CLIP, "CLIP", checkpoint.label, report)
@@ -151,7 +123,7 @@ def stage1_in_stage2(
         if keep:
             raise ConversionError(f"Expected the frozen stage 1 in {checkpoint.label}: no {TEACHER_PREFIX}* is there.")
         return None
-    model = _on_meta(HSENetCLIPModel, HSENetCLIPConfig(**_clip_settings(checkpoint, text_config)))
+    model = on_meta(HSENetCLIPModel, HSENetCLIPConfig(**_clip_settings(checkpoint, text_config)))
     table, found = STAGE1_CLIP.under(TEACHER_PREFIX, ""), Report("")
     fill(model, tensors, table, "frozen stage 1", checkpoint.label, found)
     if keep:
@@ -160,45 +132,6 @@ def stage1_in_stage2(
         reason = "the frozen stage 1, which only training needs"
         report.add("frozen stage 1", checkpoint.label, Renaming(dropped=dict.fromkeys(tensors, reason)))
     return model
-
-
-def read_slice_encoder(source: str | Path, report: Report) -> HSENetVisionModel:
-    """
-    The 2D encoder of the slices: a folder that `convert_slice_encoder` or training wrote, open_clip's BiomedCLIP, or a
-    ViT that transformers saved.
-    """
-    checkpoint = read_checkpoint(source)
-    model_type = checkpoint.config.get("model_type")
-    if model_type == "hsenet_vision":
-        report.notes.append(f"slice encoder as it is from {checkpoint.label}")
-        return HSENetVisionModel.from_pretrained(checkpoint.folder, dtype=torch.float32)
-    if model_type == "vit":
-        prefixed = any(name.startswith("vit.") for name in checkpoint.tensors)
-        table, config = VIT_CLASSIFIER if prefixed else VIT, _vit_config(checkpoint.config)
-    else:
-        table, config = BIOMEDCLIP, _timm_config(checkpoint.folder)
-    model = _on_meta(HSENetVisionModel, config)
-    return fill(model, checkpoint.tensors, table, "slice encoder", checkpoint.label, report)
-
-
-def fill(
-    model: PreTrainedModel,
-    tensors: dict[str, torch.Tensor],
-    table: NameTable,
-    what: str,
-    label: str,
-    report: Report,
-) -> PreTrainedModel:
-    """Puts all tensors, renamed, into all places of a model on the meta device, without copies where possible."""
-    renaming = rename(tensors, table, model.state_dict(), f"{what} ({label})")
-    report.add(what, label, renaming)
-    model.load_state_dict(renaming.state, assign=True)
-    return model.eval()
-
-
-def plain_config(config: dict) -> dict:
-    """A configuration as a part of another's."""
-    return {name: value for name, value in config.items() if name not in ORIGIN}
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -212,11 +145,6 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(f"Expected a tokenizer in {source}, got one without words: its files are missing.")
     return tokenizer
-
-
-def _on_meta(model_class: type, config: HSENetCLIPConfig | HSENetVisionConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        return model_class(config)
 
 
 def _clip_settings(checkpoint: Checkpoint, text_config: dict | None) -> dict:
@@ -268,39 +196,3 @@ def released_image_processor(config: HSENetCLIPConfig, dataset: str) -> HSENetIm
     if config.slice_config is not None:
         sizes |= {"num_slices": config.num_slices, "slice_size": config.slice_config.image_size[1:]}
     return HSENetImageProcessor.released(dataset, **sizes)
-
-
-def _vit_config(config: dict) -> HSENetVisionConfig:
-    vit = ViTConfig(**config)  # files may leave out what is transformers' default
-    (height, width), (patch_height, patch_width) = _pair(vit.image_size), _pair(vit.patch_size)
-    return HSENetVisionConfig(
-        image_size=(1, height, width),
-        patch_size=(1, patch_height, patch_width),
-        **{name: getattr(vit, name) for name in VIT_SETTINGS},
-    )
-
-
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _timm_config(folder: Path) -> HSENetVisionConfig:
-    """By the name that open_clip's configuration gives to the trunk; BiomedCLIP's if there is none."""
-    file, name = folder / "open_clip_config.json", "vit_base_patch16_224"
-    if file.exists():
-        name = json.loads(file.read_text())["model_cfg"]["vision_cfg"].get("timm_model_name", "none of timm's")
-    match = re.fullmatch(rf"vit_({'|'.join(TIMM_SIZES)})_patch(\d+)_(\d+)", name)
-    if match is None:
-        raise ConversionError(f"Expected a trunk like vit_base_patch16_224 in {file.name}, got {name!r}.")
-    hidden_size, layers, heads = TIMM_SIZES[match[1]]
-    return HSENetVisionConfig(
-        image_size=(1, int(match[3]), int(match[3])),
-        patch_size=(1, int(match[2]), int(match[2])),
-        num_channels=3,
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        qkv_bias=True,
-        layer_norm_eps=1e-6,
-    )

@@ -1,5 +1,5 @@
 # Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
-"""What a conversion leaves: a complete folder or nothing, and a report of what became of every tensor."""
+"""What all conversions share: models filled by name, a complete folder or nothing, and a report of every tensor."""
 
 import json
 import os
@@ -13,11 +13,16 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from hsenet.name_table import Renaming
+from hsenet.fingerprint import store_fingerprint
+from hsenet.name_table import NameTable, Renaming, rename
+from processing_hsenet import HSENetImageProcessor, HSENetProcessor
 
 
 REPORT_FILE = "conversion.json"
+# Traces of where a configuration came from, which are not for another model's.
+ORIGIN = ("_name_or_path", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype")
 
 
 @dataclass
@@ -62,6 +67,42 @@ class Report:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         report = {"kind": self.kind, "fingerprint": fingerprint, "versions": versions, "notes": self.notes}
         (folder / REPORT_FILE).write_text(json.dumps({**report, "parts": self.parts}, indent=1) + "\n")
+
+
+def on_meta(model_class: type, config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def fill(
+    model: PreTrainedModel,
+    tensors: dict[str, torch.Tensor],
+    table: NameTable,
+    what: str,
+    label: str,
+    report: Report,
+) -> PreTrainedModel:
+    """Puts all tensors, renamed, into all places of a model on the meta device, without copies where possible."""
+    renaming = rename(tensors, table, model.state_dict(), f"{what} ({label})")
+    report.add(what, label, renaming)
+    model.load_state_dict(renaming.state, assign=True)
+    return model.eval()
+
+
+def plain_config(config: dict) -> dict:
+    """A configuration as a part of another's."""
+    return {name: value for name, value in config.items() if name not in ORIGIN}
+
+
+def write_model(
+    model: PreTrainedModel, processor: HSENetProcessor | HSENetImageProcessor | None, folder: Path, report: Report
+) -> Report:
+    """Saves model, processor and report, and the fingerprint of what loads from there."""
+    model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    report.write(folder, fingerprint=store_fingerprint(folder)["hash"])
+    return report
 
 
 @contextmanager

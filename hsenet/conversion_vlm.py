@@ -17,17 +17,9 @@ from configuration_hsenet import HSENetCLIPConfig, HSENetConfig
 from hsenet.adapters import PEFT_PREFIX, adapter_layout, lora_config, merge_lora, save_adapter
 from hsenet.checkpoint_files import Checkpoint, read_checkpoint
 from hsenet.checkpoint_names import VLM_ADAPTER
-from hsenet.conversion import (
-    BIOMEDCLIP_ID,
-    clip_model,
-    load_tokenizer,
-    plain_config,
-    read_slice_encoder,
-    released_image_processor,
-    stage1_in_stage2,
-    write_model,
-)
-from hsenet.conversion_output import Report, finished_folder
+from hsenet.conversion import clip_model, load_tokenizer, released_image_processor, stage1_in_stage2
+from hsenet.conversion_output import Report, finished_folder, on_meta, plain_config, write_model
+from hsenet.conversion_slices import BIOMEDCLIP_ID, read_slice_encoder
 from hsenet.name_table import ConversionError, rename
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
 from processing_hsenet import HSENetProcessor
@@ -133,8 +125,7 @@ def read_adapter(
         raise ConversionError(
             f"Expected LoRA and two packers in {checkpoint.label}, found no tensor named *.lora_A.*."
         )
-    with torch.device("meta"):
-        model = HSENetForConditionalGeneration(config)
+    model = on_meta(HSENetForConditionalGeneration, config)
     # By majority, so that one wrongly shaped tensor is named, not all others.
     peft_config = lora_config(model, r=mode(ranks), alpha=lora_alpha)
     expected = adapter_layout(model, peft_config)
@@ -217,8 +208,7 @@ def _assembled(
     }
     state = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
     state |= {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in adapter.items() if ".lora_" not in name}
-    with torch.device("meta"):
-        model = HSENetForConditionalGeneration(config)
+    model = on_meta(HSENetForConditionalGeneration, config)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     model.generation_config = text_model.generation_config

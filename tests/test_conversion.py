@@ -28,8 +28,9 @@ from hsenet import checkpoint_files as hsenet_files
 from hsenet.checkpoint_files import Checkpoint, read_checkpoint
 from hsenet.checkpoint_names import STAGE1_CLIP, STAGE2_CLIP, TEACHER_PREFIX, VLM_ADAPTER
 from hsenet.cli import main
-from hsenet.conversion import clip_model, convert_clip, read_slice_encoder, stage1_in_stage2
+from hsenet.conversion import clip_model, convert_clip, stage1_in_stage2
 from hsenet.conversion_output import Report
+from hsenet.conversion_slices import read_slice_encoder
 from hsenet.conversion_vlm import read_adapter
 from hsenet.name_table import Computed, ConversionError, NameTable, rename
 
@@ -246,7 +247,7 @@ def test_nothing_half_written_stays(sources, tmp_path, monkeypatch):
     def fail(folder):
         raise OSError("no space left")
 
-    monkeypatch.setattr("hsenet.conversion.store_fingerprint", fail)
+    monkeypatch.setattr("hsenet.conversion_output.store_fingerprint", fail)
     assert run("convert", "stage1-clip", sources / "stage1", tmp_path / "output") == 1
     assert not list(tmp_path.iterdir())
     (tmp_path / "output").mkdir()
