@@ -316,7 +316,7 @@ def test_clip_computes_the_same(kind, sources, tmp_path, capsys):
         torch.testing.assert_close(teacher(**inputs).logits_per_image, expected, atol=1e-5, rtol=0)
         inputs["slice_features"] = torch.rand(2, 4, 32)
         logits = model(**inputs).logits_per_image
-    if kind == "m3d-clip":  # is stage 1 once more
+    if kind != "stage2-clip":  # one fresh process is enough for all three
         return
     torch.save(inputs, tmp_path / "inputs.pt")
     values = run_elsewhere(LOGITS, tmp_path / "elsewhere", tmp_path / "clip", tmp_path / "inputs.pt")
