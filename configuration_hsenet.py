@@ -27,6 +27,10 @@ class HSENetVisionConfig(PreTrainedConfig):
             Width of the slice features that weigh the patches. `None` (global encoder): there is no scorer; a number
             (2E3 encoder, paper section 3.2): a slice-guided scorer stands between patch embedding and transformer.
         scorer_dropout (`float`): dropout on the scorer's attention weights and output while training.
+        scorer_residual (`"projected_query"` or `"query"`):
+            What the scorer adds to its attention's output before the LayerNorm: the query after its projection, or
+            the patch itself, before it. The released weights need the first. It is also the default: the paper's
+            results were reached with it, and models saved before there was a choice load unchanged.
         patch_dropout (`float`):
             Share of the patches that a volume loses, at random, in each forward pass while training: half of them
             halves the cost and hinders overfitting (FLIP, arXiv 2212.00794). The paper's 0 by default.
@@ -49,6 +53,7 @@ class HSENetVisionConfig(PreTrainedConfig):
     qkv_bias: bool = False
     slice_hidden_size: int | None = None
     scorer_dropout: float = 0.1
+    scorer_residual: Literal["projected_query", "query"] = "projected_query"
     patch_dropout: float = 0.0
     initializer_range: float = 0.02
 
@@ -133,6 +138,8 @@ class HSENetConfig(PreTrainedConfig):
             rotary factors come with the checkpoint's own configuration).
         packer_window_size (`tuple[int, int, int]`): patches that one packed token stands for; divides the patch grid.
         packer_dropout (`float`): dropout on the packers' attention weights and output while training.
+        packer_residual (`"projected_query"` or `"query"`):
+            As `scorer_residual` of [`HSENetVisionConfig`], for the packers; the query is the window's mean.
         num_slices (`int`): axial slices a volume.
         image_token_id (`int`): id of the placeholder that the packed tokens replace.
     """
@@ -153,6 +160,7 @@ class HSENetConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     packer_window_size: list[int] | tuple[int, ...] = (1, 4, 4)
     packer_dropout: float = 0.1
+    packer_residual: Literal["projected_query", "query"] = "projected_query"
     num_slices: int = 32
     image_token_id: int = 200029
     initializer_range: float = 0.02
@@ -201,9 +209,14 @@ def _three_sizes(name: str, sizes: list[int] | tuple[int, ...]) -> tuple[int, ..
 
 
 def _vision_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
-    if config is None or isinstance(config, dict):
-        return HSENetVisionConfig(**(config or {}))
-    return deepcopy(config)  # `slice_hidden_size` is set on it; the caller's own, of another model perhaps, stays
+    return _own(HSENetVisionConfig(**(config or {})) if config is None or isinstance(config, dict) else config)
+
+
+def _own(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy, on which more is set, that keeps no trace of the folder that another model came from."""
+    config = deepcopy(config)
+    config._name_or_path = ""
+    return config
 
 
 def _slice_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
@@ -216,9 +229,7 @@ def _slice_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
 def _text_config(config: dict | PreTrainedConfig | None, default) -> PreTrainedConfig:
     if config is None:
         return default()
-    if isinstance(config, dict):
-        return AutoConfig.for_model(**config)
-    return config
+    return _own(AutoConfig.for_model(**config) if isinstance(config, dict) else config)
 
 
 def _phi4_mini_config() -> Phi3Config:

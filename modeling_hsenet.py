@@ -226,13 +226,15 @@ class HSENetEncoderLayer(GradientCheckpointingLayer):
 class HSENetCrossAttention(nn.Module):
     """Single-head cross-attention of queries to a context of the same or another width, then LayerNorm.
 
-    The residual is the *projected* query, in the scorer and in the packers alike.
+    The residual is the query after its projection (in the released weights) or before it.
     """
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, context_size: int, dropout: float, eps: float):
+    def __init__(self, config: PreTrainedConfig, sizes: tuple[int, int], dropout: float, residual: str, eps: float):
         super().__init__()
+        hidden_size, context_size = sizes
         self.config = config
         self.dropout_rate = dropout
+        self.projected_residual = residual == "projected_query"
         self.scaling = hidden_size**-0.5
         self.is_causal = False
         self.q_proj = nn.Linear(hidden_size, hidden_size)
@@ -261,7 +263,8 @@ class HSENetCrossAttention(nn.Module):
         )
         attended = self.out_proj(attended.reshape(query.shape))
         weights = weights.squeeze(1) if weights is not None else None  # (batch, num_queries, num_keys)
-        return self.norm(query + self.dropout(attended)), weights
+        residual = query if self.projected_residual else queries
+        return self.norm(residual + self.dropout(attended)), weights
 
 
 class HSENetSliceGuidedScorer(nn.Module):
@@ -269,8 +272,9 @@ class HSENetSliceGuidedScorer(nn.Module):
 
     def __init__(self, config: HSENetVisionConfig):
         super().__init__()
+        sizes = (config.hidden_size, config.slice_hidden_size)
         self.attention = HSENetCrossAttention(
-            config, config.hidden_size, config.slice_hidden_size, config.scorer_dropout, config.layer_norm_eps
+            config, sizes, config.scorer_dropout, config.scorer_residual, config.layer_norm_eps
         )
         self.score_proj = nn.Linear(config.hidden_size, 1)
 
@@ -293,7 +297,7 @@ class HSENetSpatialPacker(nn.Module):
         self.window_size = config.packer_window_size
         width, text_width = vision_config.hidden_size, config.text_config.hidden_size
         self.attention = HSENetCrossAttention(
-            config, width, width, config.packer_dropout, vision_config.layer_norm_eps
+            config, (width, width), config.packer_dropout, config.packer_residual, vision_config.layer_norm_eps
         )
         self.fc1 = nn.Linear(width, text_width)
         self.activation = ACT2FN[vision_config.hidden_act]
@@ -351,6 +355,18 @@ class HSENetPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As [`PreTrainedModel.from_pretrained`], but a weight that the files do not give is an error, not a guess."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if wrong := [*sorted(info["missing_keys"]), *sorted(map(str, info["mismatched_keys"]))]:
+            raise ValueError(
+                f"{len(wrong)} weights of {cls.__name__} are missing in the files or have another shape, and would "
+                f"start at random: {', '.join(wrong[:10])}{', ...' if len(wrong) > 10 else ''}. Expected a complete "
+                "checkpoint: download or convert it again."
+            )
+        return (model, info) if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Linear: normal(0, initializer_range), zero bias. LayerNorm: 1, 0. Positions: truncated normal. CLS: 0."""
@@ -368,6 +384,7 @@ class HSENetVisionModel(HSENetPreTrainedModel):
     """A ViT over volumes (or slices), with the slice-guided scorer when `config.slice_hidden_size` is set."""
 
     config: HSENetVisionConfig
+    _auto_class = "AutoModel"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _can_record_outputs = {"hidden_states": HSENetEncoderLayer, "attentions": HSENetAttention}

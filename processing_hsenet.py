@@ -4,31 +4,52 @@
 `HSENetImageProcessor` turns a scan (NIfTI file, DICOM folder, array in HU with its geometry) into `pixel_values`
 (the volume for the 3D encoders) and `slice_pixel_values` (axial slices for the 2D encoder), both cut from the same
 field of view in the same orientation: depth inferior to superior, height anterior to posterior, width patient right
-to left. `HSENetProcessor` adds the tokenizer, and expands each image placeholder to the volume's tokens.
+to left. `HSENetImageProcessor.released` has the settings of the released weights, which saw something else.
+`HSENetProcessor` adds the tokenizer, and expands each image placeholder to the volume's tokens.
 """
 
+from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 
 try:
-    from .reading_hsenet import UnsupportedImageError, Volume, read_volume
+    from .reading_hsenet import GeometryError, UnsupportedImageError, Volume, read_volume
 except ImportError:  # imported as a plain top-level module, not from the Hub cache
     if __package__:
         raise
-    from reading_hsenet import UnsupportedImageError, Volume, read_volume
+    from reading_hsenet import GeometryError, UnsupportedImageError, Volume, read_volume
+
+
+# The axis of a canonical volume (D, H, W) along which a direction of the patient lies, either way.
+CANONICAL_AXIS = {"S": 0, "I": 0, "P": 1, "A": 1, "L": 2, "R": 2}
 
 
 class HSENetImageProcessor(BaseImageProcessor):
     r"""
     Args:
         image_size (`tuple[int, int, int]`): depth, height, width of `pixel_values`; the model's `image_size`.
+        orientation (`"canonical"` or `"stored"`):
+            Whether scans are turned, by their affine, to the orientation above. `"stored"` (released weights): depth,
+            height, width are the third, first and second axis as they lie in the file, whichever way they run, and
+            the first axis' spacing counts for the second too. It takes only scans whose third axis is axial.
+        resample_spacing (`tuple[float, float, float]`, *optional*):
+            Millimetres along depth, height, width of a grid to which scans are first brought by trilinear
+            interpolation. `None`: the scan's own grid.
         hu_window (`tuple[float, float]`): HU that become 0 and 1 in `pixel_values`; values outside are clipped.
-        volume_mean, volume_std (`float`): subtracted from and divided into the windowed volume; the paper's 0 and 1.
+        volume_normalization (`"window"` or `"min_max"`):
+            What becomes 0 and 1: the window's ends, or (released weights) the scan's own extremes within the window.
+        volume_mean, volume_std (`float`): subtracted from and divided into the normalised volume; the paper's 0 and 1.
+        volume_fit (`"field_of_view"` or `"nonzero_box"`):
+            How the volume comes to `image_size`: resampled, antialiased, from the field of view that `spacing` and
+            `crop_to_body` choose, or (released weights) cut to the bounding box of what is above 0 after
+            normalisation, then trilinear interpolation without antialiasing.
         spacing (`tuple[float, float, float]`, *optional*):
             Millimetres between voxels of `pixel_values` along depth, height, width. The field of view is then
             `image_size * spacing`, centred on the body and padded with the window's lower end. `None` (the paper's
@@ -36,9 +57,24 @@ class HSENetImageProcessor(BaseImageProcessor):
         crop_to_body (`bool`): whether the field of view starts from the body's bounding box or from the whole scan.
         num_slices (`int`): axial slices for the 2D encoder; 0 for models without slice guidance.
         slice_size (`tuple[int, int]`): height and width of a slice.
-        slice_hu_window (`tuple[float, float]`): HU that become black and white in the slices.
+        slice_axis (`"depth"` or `"depth_if_shorter"`):
+            Along which axis slices follow each other. `"depth_if_shorter"` (released weights, CT-RATE): along the
+            height where the depth has at least as many planes, with the millimetres of depth, height, width in order
+            counted for height, width, depth.
+        slice_hu_window (`tuple[float, float]`, *optional*): HU that become black and white; `None`: none are clipped.
+        slice_normalization (`"window"`, `"slice_min_max"` or `"volume_min_max"`):
+            What becomes black and white: the window's ends, or the extremes of each slice or of the whole scan
+            (released weights: CT-RATE, BIMCV-R).
         slice_selection (`"uniform"` or `"slab_mean"`):
             Single planes at equal distances from bottom to top, or the mean of each of `num_slices` equal slabs.
+        slice_fit (`"field_of_view"` or `"whole_plane"`):
+            How slices come to `slice_size`: stretched from the volume's field of view, or (released weights) whole
+            planes, the shorter side resized bicubically and the centre cut out, as BiomedCLIP's own pictures. Planes
+            between two are then rounded down, not to the nearest.
+        slice_rotation (-90, 0, 90 or 180):
+            Degrees counterclockwise by which the slices, but not the volume, are turned.
+        slice_jpeg_quality (`int`, *optional*):
+            1 to 100: slices become 8-bit pictures (rounded down) and go through JPEG. `None`: they don't.
         image_mean, image_std (`tuple[float, ...]`): normalisation of the slices' channels; BiomedCLIP's by default.
     """
 
@@ -48,34 +84,71 @@ class HSENetImageProcessor(BaseImageProcessor):
     def __init__(
         self,
         image_size: tuple[int, int, int] = (32, 256, 256),
+        orientation: Literal["canonical", "stored"] = "canonical",
+        resample_spacing: tuple[float, float, float] | None = None,
         hu_window: tuple[float, float] = (-1000, 200),
+        volume_normalization: Literal["window", "min_max"] = "window",
         volume_mean: float = 0.0,
         volume_std: float = 1.0,
+        volume_fit: Literal["field_of_view", "nonzero_box"] = "field_of_view",
         spacing: tuple[float, float, float] | None = None,
         crop_to_body: bool = True,
         num_slices: int = 32,
         slice_size: tuple[int, int] = (224, 224),
-        slice_hu_window: tuple[float, float] = (-1000, 1000),
+        slice_axis: Literal["depth", "depth_if_shorter"] = "depth",
+        slice_hu_window: tuple[float, float] | None = (-1000, 1000),
+        slice_normalization: Literal["window", "slice_min_max", "volume_min_max"] = "window",
         slice_selection: Literal["uniform", "slab_mean"] = "uniform",
+        slice_fit: Literal["field_of_view", "whole_plane"] = "field_of_view",
+        slice_rotation: Literal[-90, 0, 90, 180] = 0,
+        slice_jpeg_quality: int | None = None,
         image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073),
         image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711),
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.image_size = _numbers("image_size", image_size, 3)
+        self.orientation = orientation
+        self.resample_spacing = _optional(_numbers, "resample_spacing", resample_spacing, 3)
         self.hu_window = _window("hu_window", hu_window)
+        self.volume_normalization = volume_normalization
         self.volume_mean = volume_mean
         self.volume_std = volume_std
-        self.spacing = _numbers("spacing", spacing, 3) if spacing is not None else None
+        self.volume_fit = volume_fit
+        self.spacing = _optional(_numbers, "spacing", spacing, 3)
         self.crop_to_body = crop_to_body
         self.num_slices = num_slices
         self.slice_size = _numbers("slice_size", slice_size, 2)
-        self.slice_hu_window = _window("slice_hu_window", slice_hu_window)
-        if slice_selection not in ("uniform", "slab_mean"):
-            raise ValueError(f"slice_selection should be 'uniform' or 'slab_mean', got {slice_selection!r}.")
+        self.slice_axis = slice_axis
+        self.slice_hu_window = _optional(_window, "slice_hu_window", slice_hu_window)
+        self.slice_normalization = slice_normalization
         self.slice_selection = slice_selection
+        self.slice_fit = slice_fit
+        self.slice_rotation = slice_rotation
+        self.slice_jpeg_quality = slice_jpeg_quality
         self.image_mean = tuple(image_mean)
         self.image_std = _numbers("image_std", image_std, len(self.image_mean))
+        _check_settings(self)
+
+    @classmethod
+    def released(cls, dataset: Literal["ct_rate", "bimcv_r"] = "ct_rate", **changes) -> "HSENetImageProcessor":
+        """
+        The preset named "released": what the public HSENet weights were trained on, volume and slices each its way.
+
+        The two differ in window, sampling and orientation, and the two datasets in the slices' rotation. New
+        training should keep to the defaults, where volume and slices show the same. Scans must be in HU: CT-RATE's
+        own files need the rescale slope and intercept of its metadata first.
+
+        Args:
+            dataset (`"ct_rate"` or `"bimcv_r"`): whose preparation; BIMCV-R's is that of files up to 200 MB.
+            changes: other settings, such as the sizes of a smaller model.
+        """
+        _check_choice("dataset", dataset, tuple(RELEASED_SETTINGS))
+        return cls(**{**RELEASED_SETTINGS[dataset], **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        # The platform leaves out settings that are `None`; loading would put this one's default in their place.
+        return {**super().to_dict(), "slice_hu_window": self.slice_hu_window}
 
     def __call__(self, images: Any, **kwargs) -> BatchFeature:
         return self.preprocess(images, **kwargs)
@@ -110,41 +183,133 @@ class HSENetImageProcessor(BaseImageProcessor):
 
     def process_volume(self, volume: Volume) -> dict[str, torch.Tensor]:
         """One scan's `pixel_values` `(1, D, H, W)` and, if `num_slices`, `slice_pixel_values` `(S, C, h, w)`."""
-        array = torch.from_numpy(volume.array)
-        field_of_view = self.field_of_view(volume)
-        tensors = {"pixel_values": self._pixel_values(array, field_of_view)}
+        scan, spacing = self._oriented(volume)
+        normalized = self._normalized(scan, spacing)
+        field_of_view = self._field_of_view(scan, spacing, normalized)
+        pixel_values = self._fit_volume(normalized, field_of_view).unsqueeze(0)
+        tensors = {"pixel_values": (pixel_values - self.volume_mean) / self.volume_std}
         if self.num_slices:
-            tensors["slice_pixel_values"] = self._slice_pixel_values(array, field_of_view)
+            tensors["slice_pixel_values"] = self._slice_pixel_values(scan, spacing, field_of_view)
         return tensors
 
-    def field_of_view(self, volume: Volume) -> list[tuple[float, float]]:
-        """Start and extent, in voxels of the scan, of what the model sees along depth, height, width."""
-        box = [(0.0, float(size)) for size in volume.array.shape]
-        if self.crop_to_body:
-            box = _body_box(torch.from_numpy(volume.array))
-        if self.spacing is None:
-            return box
-        extents = [
-            size * target / stored
-            for size, target, stored in zip(self.image_size, self.spacing, volume.spacing, strict=True)
+    def _oriented(self, volume: Volume) -> tuple[torch.Tensor, tuple[float, float, float]]:
+        """HU (D, H, W) in the orientation of the settings, and the millimetres along these axes."""
+        scan = torch.from_numpy(volume.array)
+        if self.orientation == "canonical":
+            return scan, volume.spacing
+        first, second, third = volume.stored_orientation or "???"
+        if third not in "SI":
+            raise GeometryError(
+                'orientation="stored" expects a scan whose third axis is axial, got axes that run '
+                f"{first}{second}{third}: read it from a NIfTI file with such axes, or pass its array (i, j, k) with "
+                "affine=."
+            )
+        order = [CANONICAL_AXIS[direction] for direction in (third, first, second)]
+        reversed_axes = [axis for axis, direction in enumerate((third, first, second)) if direction in "IAR"]
+        depth, height = volume.spacing[0], volume.spacing[order[1]]
+        return scan.permute(order).flip(reversed_axes), (depth, height, height)
+
+    def _resampled(self, values: torch.Tensor, spacing: tuple[float, float, float]) -> torch.Tensor:
+        """On the grid of `resample_spacing`, in double precision; as they are if there is none."""
+        if self.resample_spacing is None:
+            return values
+        sizes = [
+            int(size * (_stated(stored) / target))
+            for size, stored, target in zip(values.shape, spacing, self.resample_spacing, strict=True)
         ]
-        return [(start + (size - extent) / 2, extent) for (start, size), extent in zip(box, extents, strict=True)]
+        if min(sizes) < 1:
+            raise UnsupportedImageError(
+                f"The scan of {tuple(values.shape)} voxels, {spacing} mm apart, is thinner than one voxel of "
+                f"resample_spacing {self.resample_spacing}: expected a whole chest."
+            )
+        return _trilinear(values.double(), sizes)
 
-    def _pixel_values(self, array: torch.Tensor, field_of_view: list[tuple[float, float]]) -> torch.Tensor:
-        resampled = _apply_window(array, self.hu_window)
+    def _normalized(self, scan: torch.Tensor, spacing: tuple[float, float, float]) -> torch.Tensor:
+        """The volume in [0, 1], (D, H, W), on the grid of `resample_spacing`."""
+        if self.volume_normalization == "window":
+            return self._resampled(_apply_window(scan, self.hu_window), spacing).float()
+        return _min_max(self._resampled(scan.clamp(*self.hu_window), spacing).float())
+
+    def _field_of_view(
+        self, scan: torch.Tensor, spacing: tuple[float, float, float], normalized: torch.Tensor
+    ) -> list[tuple[float, float]]:
+        """Start and extent, in voxels of `normalized`, of what the model sees along depth, height, width."""
+        if self.volume_fit == "nonzero_box":
+            return _nonzero_box(normalized)
+        box = _body_box(scan) if self.crop_to_body else [(0.0, float(size)) for size in scan.shape]
+        if self.spacing is not None:
+            extents = [
+                size * target / stored
+                for size, target, stored in zip(self.image_size, self.spacing, spacing, strict=True)
+            ]
+            box = [(start + (size - extent) / 2, extent) for (start, size), extent in zip(box, extents, strict=True)]
+        scales = [new / old for new, old in zip(normalized.shape, scan.shape, strict=True)]
+        return [(start * scale, extent * scale) for (start, extent), scale in zip(box, scales, strict=True)]
+
+    def _fit_volume(self, normalized: torch.Tensor, field_of_view: list[tuple[float, float]]) -> torch.Tensor:
+        if self.volume_fit == "nonzero_box":
+            box = tuple(slice(int(start), int(start + extent)) for start, extent in field_of_view)
+            return _trilinear(normalized[box], self.image_size)
         for axis, ((start, extent), samples) in enumerate(zip(field_of_view, self.image_size, strict=True)):
-            resampled = _resample(resampled, axis, _resampling_weights(array.shape[axis], start, extent, samples))
-        return (resampled.unsqueeze(0) - self.volume_mean) / self.volume_std
+            weights = _resampling_weights(normalized.shape[axis], start, extent, samples)
+            normalized = _resample(normalized, axis, weights)
+        return normalized
 
-    def _slice_pixel_values(self, array: torch.Tensor, field_of_view: list[tuple[float, float]]) -> torch.Tensor:
+    def _slice_pixel_values(
+        self, scan: torch.Tensor, spacing: tuple[float, float, float], field_of_view: list[tuple[float, float]]
+    ) -> torch.Tensor:
+        if self.slice_axis == "depth_if_shorter" and scan.shape[0] >= scan.shape[1]:
+            scan = scan.movedim(0, 2)  # the spacings stay in their places, as the released preparation left them
+        planes = self._planes(scan, spacing)
+        whole = self.slice_fit == "whole_plane"
+        slices = self._whole_slices(planes) if whole else self._stretched_slices(planes, field_of_view)
+        if self.slice_normalization == "slice_min_max":
+            slices = torch.stack([_min_max(plane) for plane in slices])
+        slices = torch.rot90(slices, self.slice_rotation // 90, dims=(1, 2))
+        if whole or self.slice_jpeg_quality is not None:
+            slices = torch.stack([self._picture(plane) for plane in slices])
+        mean, std = torch.tensor(self.image_mean).view(-1, 1, 1), torch.tensor(self.image_std).view(-1, 1, 1)
+        return (slices.float().unsqueeze(1) - mean) / std  # (num_slices, channels, height, width)
+
+    def _planes(self, scan: torch.Tensor, spacing: tuple[float, float, float]) -> torch.Tensor:
+        """All planes, on the grid of `resample_spacing`; in [0, 1] unless each slice is to be normalised alone."""
+        if self.slice_normalization == "window":
+            return self._resampled(_apply_window(scan, self.slice_hu_window), spacing)
+        if self.slice_hu_window is not None:
+            scan = scan.clamp(*self.slice_hu_window)
+        if self.resample_spacing is not None:
+            # In thousands of HU, as the released preparation: it decides which way values fall on 8-bit steps.
+            scan = self._resampled(scan.double() / 1000, spacing)
+        return _min_max(scan) if self.slice_normalization == "volume_min_max" else scan
+
+    def _whole_slices(self, planes: torch.Tensor) -> torch.Tensor:
+        if self.resample_spacing is not None and len(planes) < self.num_slices:
+            return _trilinear(planes, (self.num_slices, *planes.shape[1:]))
+        return planes[torch.linspace(0, len(planes) - 1, self.num_slices, dtype=torch.long)]  # rounds down
+
+    def _stretched_slices(self, planes: torch.Tensor, field_of_view: list[tuple[float, float]]) -> torch.Tensor:
         (start, extent), *in_plane = field_of_view
         select = _plane_weights if self.slice_selection == "uniform" else _slab_weights
-        slices = _apply_window(array, self.slice_hu_window)
-        slices = _resample(slices, 0, select(array.shape[0], start, extent, self.num_slices))
-        for axis, ((start, extent), samples) in enumerate(zip(in_plane, self.slice_size, strict=True), start=1):
-            slices = _resample(slices, axis, _resampling_weights(array.shape[axis], start, extent, samples))
-        mean, std = torch.tensor(self.image_mean).view(-1, 1, 1), torch.tensor(self.image_std).view(-1, 1, 1)
-        return (slices.unsqueeze(1) - mean) / std  # (num_slices, channels, height, width)
+        slices = _resample(planes, 0, select(planes.shape[0], start, extent, self.num_slices))
+        size = self.slice_size[::-1] if self.slice_rotation % 180 else self.slice_size
+        for axis, ((start, extent), samples) in enumerate(zip(in_plane, size, strict=True), start=1):
+            slices = _resample(slices, axis, _resampling_weights(planes.shape[axis], start, extent, samples))
+        return slices
+
+    def _picture(self, plane: torch.Tensor) -> torch.Tensor:
+        """A slice in [0, 1] through JPEG, if the settings say so, and from a whole plane to `slice_size`."""
+        from PIL import Image  # transformers' image processors need it too
+
+        if self.slice_jpeg_quality is None:
+            picture = Image.fromarray(plane.float().numpy())
+        else:
+            file = BytesIO()
+            Image.fromarray((plane * 255).to(torch.uint8).numpy()).save(file, "JPEG", quality=self.slice_jpeg_quality)
+            picture = Image.open(file)
+        if self.slice_fit == "whole_plane":
+            picture = _center(picture, self.slice_size[0])
+        pixels = torch.from_numpy(np.array(picture))
+        return pixels.clamp(0, 1) if pixels.is_floating_point() else pixels / 255
 
 
 class HSENetProcessor(ProcessorMixin):
@@ -156,8 +321,15 @@ class HSENetProcessor(ProcessorMixin):
             Tokens that a volume takes in the prompt, the model's `config.image_seq_length`; `None` for a contrastive
             model, whose texts have no placeholders.
         image_token (`str`): the placeholder.
+        prompt_style (`"chat"` or `"plain"`):
+            What a bare question becomes: a turn of the chat template, which is what instruct language models know, or
+            (released weights) the plain prompt, without roles or system prompt. Training and evaluation follow it.
+        plain_prompt_layout (`"adjacent"` or `"separate_line"`):
+            The plain prompt's order: the tokenizer's BOS, the volume's placeholders, the question, with nothing
+            between them (released weights), or with a line break between volume and question.
         chat_template (`str`, *optional*):
-            By default the tokenizer's own, made to accept volumes, or else the paper's plain prompt.
+            By default the tokenizer's own, made to accept volumes; the plain prompt if it has none or
+            `prompt_style="plain"`.
     """
 
     _auto_class = "AutoProcessor"
@@ -168,8 +340,14 @@ class HSENetProcessor(ProcessorMixin):
         tokenizer=None,
         image_seq_length: int | None = None,
         image_token: str = "<image>",
+        prompt_style: Literal["chat", "plain"] = "chat",
+        plain_prompt_layout: Literal["adjacent", "separate_line"] = "adjacent",
         chat_template: str | None = None,
     ):
+        _check_choice("prompt_style", prompt_style, ("chat", "plain"))
+        _check_choice("plain_prompt_layout", plain_prompt_layout, ("adjacent", "separate_line"))
+        self.prompt_style = prompt_style
+        self.plain_prompt_layout = plain_prompt_layout
         self.image_seq_length = image_seq_length
         self.image_token = image_token
         self.image_token_id = None
@@ -178,9 +356,11 @@ class HSENetProcessor(ProcessorMixin):
             tokenizer.padding_side = "left"  # generation continues at the right end of every row
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
+            if chat_template is None and prompt_style == "chat" and tokenizer.chat_template is not None:
+                chat_template = VOLUMES_TO_TEXT.replace("<image>", image_token) + tokenizer.chat_template
             if chat_template is None:
-                volumes_to_text = VOLUMES_TO_TEXT.replace("<image>", image_token)
-                chat_template = volumes_to_text + (tokenizer.chat_template or PLAIN_PROMPT_TEMPLATE)
+                placeholder = image_token + self._separator.replace("\n", "\\n")  # inside a string of the template
+                chat_template = VOLUMES_TO_TEXT.replace("<image>", placeholder) + PLAIN_PROMPT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(
@@ -198,7 +378,7 @@ class HSENetProcessor(ProcessorMixin):
             images: The platform's standard name for `volumes`.
             text (`str` or `list[str]`, *optional*):
                 With one image token where each volume belongs. If no text has one and there are as many texts as
-                volumes, each becomes the paper's plain prompt: see [`~HSENetProcessor.plain_prompt`].
+                volumes, each becomes a prompt for its volume: see [`~HSENetProcessor.prompt`].
             volumes: One scan or a list; see [`HSENetImageProcessor.preprocess`], also for `affine` and `spacing`.
             return_tensors (`str`, *optional*): `"pt"` or `"np"`.
             kwargs: To the tokenizer; `padding=True` is the default, padding on the right is refused.
@@ -228,9 +408,28 @@ class HSENetProcessor(ProcessorMixin):
             features, tensor_type=return_tensors, skip_tensor_conversion=skip or ["text_replacement_offsets"]
         )
 
+    def prompt(self, question: str) -> str:
+        """The text, with one placeholder, that asks about one volume, in the processor's `prompt_style`."""
+        if self.prompt_style == "plain":
+            return self.plain_prompt(question)
+        return self.apply_chat_template(_dialogue(question), tokenize=False, add_generation_prompt=True)
+
     def plain_prompt(self, question: str) -> str:
-        """The paper's prompt for one volume: the tokenizer's BOS, the volume, the question, nothing between them."""
-        return f"{self.tokenizer.bos_token or ''}{self.image_token}{question}"
+        """The paper's prompt for one volume: the tokenizer's BOS, volume, question, by `plain_prompt_layout`."""
+        return f"{self.tokenizer.bos_token or ''}{self.image_token}{self._separator}{question}"
+
+    def answer(self, question: str, answer: str) -> str:
+        """What the model writes after `prompt(question)`, up to and with its end token: the target of training."""
+        if self.prompt_style == "plain":
+            return f" {answer}{self.tokenizer.eos_token}"
+        prompt = self.prompt(question)
+        dialogue = self.apply_chat_template(_dialogue(question, answer), tokenize=False)
+        if not dialogue.startswith(prompt):
+            raise ValueError(
+                "Expected a chat template whose dialogues start with the prompt for generation, got one that puts "
+                f'other text before the answer: use prompt_style="plain" (prompt {prompt!r}, dialogue {dialogue!r}).'
+            )
+        return dialogue[len(prompt) :]
 
     def tokenize_prompts(self, prompts: list[str], **kwargs) -> BatchFeature:
         """Texts with placeholders whose volumes the model gets otherwise, such as cached `slice_features`."""
@@ -254,12 +453,16 @@ class HSENetProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
+    @property
+    def _separator(self) -> str:
+        return "\n" if self.plain_prompt_layout == "separate_line" else ""
+
     def _match_texts(self, texts: list[str], num_volumes: int) -> list[str]:
         if self.image_seq_length is None:
             return texts  # contrastive: any number of volumes against any number of texts
         num_placeholders = sum(text.count(self.image_token) for text in texts)
         if num_placeholders == 0 and len(texts) == num_volumes:
-            return [self.plain_prompt(text) for text in texts]
+            return [self.prompt(text) for text in texts]
         if num_placeholders != num_volumes:
             raise ValueError(
                 f"Expected one {self.image_token} in the texts for each volume, got {num_placeholders} in "
@@ -279,7 +482,7 @@ class HSENetProcessor(ProcessorMixin):
                     'Expected padding_side="left", got "right": with padding between prompt and answer, batched '
                     "generation would give other texts than single generation."
                 )
-            # The plain prompt starts with BOS: a tokenizer that adds one itself would double it.
+            # A prompt may start with BOS: a tokenizer that adds one itself would double it.
             bos = self.tokenizer.bos_token
             if bos is not None and all(text.startswith(bos) for text in texts):
                 kwargs.setdefault("add_special_tokens", False)
@@ -354,6 +557,11 @@ def _split_kwargs(kwargs: dict) -> tuple[dict, dict]:
     return text_kwargs, {name: value for name, value in images_kwargs.items() if name in ("affine", "spacing")}
 
 
+def _dialogue(question: str, answer: str | None = None) -> list[dict]:
+    user = {"role": "user", "content": [{"type": "volume"}, {"type": "text", "text": question}]}
+    return [user] if answer is None else [user, {"role": "assistant", "content": answer}]
+
+
 def _volumes_as_images(conversation: list[dict]) -> list[dict]:
     """The platform collects content items of type "image" only."""
     return [
@@ -380,10 +588,80 @@ def _placeholder_id(tokenizer: Any, image_token: str) -> int:
     return ids[0]
 
 
+# What the released weights saw, step for step. What both datasets share:
+_RELEASED = {
+    "orientation": "stored",
+    "hu_window": (-1000, 200),
+    "volume_normalization": "min_max",
+    "volume_fit": "nonzero_box",
+    "slice_fit": "whole_plane",
+    "slice_jpeg_quality": 95,
+}
+RELEASED_SETTINGS = {
+    "ct_rate": {
+        **_RELEASED,
+        "resample_spacing": (1.5, 0.75, 0.75),
+        "slice_axis": "depth_if_shorter",
+        "slice_hu_window": (-1000, 1000),
+        "slice_normalization": "slice_min_max",
+        "slice_rotation": -90,
+    },
+    "bimcv_r": {
+        **_RELEASED,
+        "slice_hu_window": None,
+        "slice_normalization": "volume_min_max",
+        "slice_rotation": 90,
+    },
+}
+
+_CHOICES = {
+    "orientation": ("canonical", "stored"),
+    "volume_normalization": ("window", "min_max"),
+    "volume_fit": ("field_of_view", "nonzero_box"),
+    "slice_axis": ("depth", "depth_if_shorter"),
+    "slice_normalization": ("window", "slice_min_max", "volume_min_max"),
+    "slice_selection": ("uniform", "slab_mean"),
+    "slice_fit": ("field_of_view", "whole_plane"),
+    "slice_rotation": (-90, 0, 90, 180),
+}
+
+
+def _check_choice(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} should be {' or '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_settings(processor: HSENetImageProcessor) -> None:
+    for name, choices in _CHOICES.items():
+        _check_choice(name, vars(processor)[name], choices)
+    quality = processor.slice_jpeg_quality
+    if quality is not None and quality not in range(1, 101):
+        raise ValueError(f"slice_jpeg_quality should be None or a whole number from 1 to 100, got {quality!r}.")
+    if processor.volume_fit == "nonzero_box" and (processor.spacing is not None or not processor.crop_to_body):
+        raise ValueError(
+            f'volume_fit="nonzero_box" crops in its own way, got spacing {processor.spacing} and crop_to_body '
+            f'{processor.crop_to_body}: leave both at their defaults, or use volume_fit="field_of_view".'
+        )
+    if processor.slice_normalization == "window" and processor.slice_hu_window is None:
+        raise ValueError('slice_normalization="window" needs a slice_hu_window, got None.')
+    whole = processor.slice_fit == "whole_plane"
+    if processor.slice_axis == "depth_if_shorter" and not whole:
+        raise ValueError('slice_axis="depth_if_shorter" needs slice_fit="whole_plane", got "field_of_view".')
+    if whole and (processor.slice_selection != "uniform" or len(set(processor.slice_size)) > 1):
+        raise ValueError(
+            'slice_fit="whole_plane" needs slice_selection="uniform" and a square slice_size, got '
+            f"{processor.slice_selection!r} and {processor.slice_size}."
+        )
+
+
 def _numbers(name: str, values: Any, count: int) -> tuple:
     if len(values) != count or min(values) <= 0:
         raise ValueError(f"{name} should be {count} positive numbers, got {values}.")
     return tuple(values)
+
+
+def _optional(check: Callable, name: str, value: Any, *arguments) -> Any:
+    return None if value is None else check(name, value, *arguments)
 
 
 def _window(name: str, window: Any) -> tuple[float, float]:
@@ -403,14 +681,51 @@ def _body_box(array: torch.Tensor) -> list[tuple[float, float]]:
             f"No voxel of the volume lies above {BODY_THRESHOLD_HU} HU, so there is no body in it. Expected a CT in "
             f"HU, got values from {array.min():.0f} to {array.max():.0f}."
         )
-    planes = [body.any(dim=2).any(dim=1), body.any(dim=2).any(dim=0), body.any(dim=1).any(dim=0)]
-    ends = [plane.nonzero()[[0, -1], 0].tolist() for plane in planes]
-    return [(float(first), float(last + 1 - first)) for first, last in ends]
+    return _bounding_box(body)
 
 
 def _apply_window(array: torch.Tensor, window: tuple[float, float]) -> torch.Tensor:
     lower, upper = window
     return (array.clamp(lower, upper) - lower) / (upper - lower)
+
+
+def _min_max(values: torch.Tensor) -> torch.Tensor:
+    lowest, highest = values.min(), values.max()
+    return (values - lowest) / (highest - lowest).clamp(min=1e-8)
+
+
+def _nonzero_box(volume: torch.Tensor) -> list[tuple[float, float]]:
+    if not (volume > 0).any():
+        raise UnsupportedImageError("The scan is constant within hu_window: expected a CT of a body, in HU.")
+    return _bounding_box(volume > 0)
+
+
+def _bounding_box(mask: torch.Tensor) -> list[tuple[float, float]]:
+    planes = [mask.any(dim=2).any(dim=1), mask.any(dim=2).any(dim=0), mask.any(dim=1).any(dim=0)]
+    ends = [plane.nonzero()[[0, -1], 0].tolist() for plane in planes]
+    return [(float(first), float(last + 1 - first)) for first, last in ends]
+
+
+def _trilinear(volume: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """(D, H, W) stretched to `size`, voxel edges on voxel edges, without antialiasing."""
+    return interpolate(volume[None, None], size=tuple(size), mode="trilinear", align_corners=False)[0, 0]
+
+
+def _stated(millimetres: float) -> float:
+    """The spacing that a single-precision header was made from: a part of a power of two, or a decimal."""
+    binary = round(millimetres * 8192) / 8192
+    return binary if abs(millimetres - binary) < 1e-7 * millimetres else round(millimetres, 6)
+
+
+def _center(picture: Any, size: int) -> Any:
+    """A PIL picture resized until its shorter side is `size`, then its middle: as BiomedCLIP's own transform."""
+    from PIL import Image
+
+    width, height = picture.size
+    shorter = min(width, height)
+    width, height = int(size * width / shorter), int(size * height / shorter)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
 def _resampling_weights(length: int, start: float, extent: float, samples: int) -> torch.Tensor:
@@ -445,7 +760,7 @@ def _slab_weights(length: int, start: float, extent: float, samples: int) -> tor
 
 
 def _resample(array: torch.Tensor, axis: int, weights: torch.Tensor) -> torch.Tensor:
-    return torch.tensordot(weights, array, dims=([1], [axis])).movedim(0, axis)
+    return torch.tensordot(weights.to(array.dtype), array, dims=([1], [axis])).movedim(0, axis)
 
 
 __all__ = ["HSENetImageProcessor", "HSENetProcessor"]

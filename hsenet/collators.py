@@ -49,16 +49,17 @@ class _Row:
     labels: list[int]
     position_ids: list[int]
     turns: list[int]
+    is_cut: bool = False
 
 
 class ReportCollator:
     """
     Examples with `turns`, (question, answer) pairs, and volumes to the inputs of [`HSENetForConditionalGeneration`].
 
-    A row is the paper's plain prompt, a space, the answer and EOS, padded on the right (training reads whole rows);
-    `labels` are -100 everywhere but on answers and EOS. Where rows have several turns, each turn sees the volume and
-    itself but no other turn, at the positions that it would have alone: the losses are those of separate rows, while
-    the volume is read once.
+    A row is the processor's prompt and the answer with its end token, padded on the right (training reads whole
+    rows); `labels` are -100 everywhere but on answers and end tokens. Where rows have several turns, each turn sees
+    the volume and itself but no other turn, at the positions that it would have alone: the losses are those of
+    separate rows, while the volume is read once.
     """
 
     def __init__(self, processor: HSENetProcessor, max_length: int):
@@ -83,15 +84,15 @@ class ReportCollator:
 
     def num_truncated(self, rows: list[dict[str, Any]]) -> int:
         """How many rows lose the end of an answer."""
-        return sum(self.tokenize(row).labels.count(self.tokenizer.eos_token_id) < len(row["turns"]) for row in rows)
+        return sum(self.tokenize(row).is_cut for row in rows)
 
     def tokenize(self, example: dict[str, Any]) -> _Row:
         """One row; each turn is cut to what is left of `max_length` beside the volume."""
-        volume = self._prompt_ids("")
+        volume = self._volume_ids()
         row = _Row(list(volume), [-100] * len(volume), list(range(len(volume))), [0] * len(volume))
         for number, (question, answer) in enumerate(example["turns"], start=1):
             question_ids = self._prompt_ids(question)[len(volume) :]
-            answer_ids = self.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+            answer_ids = self._ids(self.processor.answer(question, answer))
             room = self.max_length - len(volume)
             if len(question_ids) >= room:
                 raise ValueError(
@@ -99,18 +100,27 @@ class ReportCollator:
                     f"there is no room for an answer. A volume takes {self.processor.image_seq_length}; raise "
                     "max_length."
                 )
-            # An answer that is cut gets no EOS: the model must not learn to stop there.
-            input_ids = [*question_ids, *answer_ids, self.tokenizer.eos_token_id][:room]
+            # An answer that is cut gets no end token: the model must not learn to stop there.
+            input_ids = [*question_ids, *answer_ids][:room]
+            row.is_cut |= len(question_ids) + len(answer_ids) > room
             row.input_ids += input_ids
             row.labels += [-100] * len(question_ids) + input_ids[len(question_ids) :]
             row.position_ids += range(len(volume), len(volume) + len(input_ids))
             row.turns += [number] * len(input_ids)
         return row
 
+    def _volume_ids(self) -> list[int]:
+        """What all turns share: the prompt up to the volume's last token."""
+        prompt = self._prompt_ids("")
+        return prompt[: len(prompt) - prompt[::-1].index(self.processor.image_token_id)]
+
     def _prompt_ids(self, question: str) -> list[int]:
-        prompt = self.processor.plain_prompt(question)
+        prompt = self.processor.prompt(question)
         prompt = self.processor.get_text_with_replacements([prompt], [self.processor.replace_image_token({}, 0)])[0][0]
-        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return self._ids(prompt)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _pad(rows: list[list[int]], length: int, value: int) -> torch.Tensor:

@@ -72,7 +72,7 @@ def generate_answers(
     for examples in DataLoader(dataset, batch_size, collate_fn=list):
         names = [name for name in ("pixel_values", "slice_features") if name in examples[0]]
         volumes = {name: torch.stack([example[name] for example in examples]) for name in names}
-        prompts = [processor.plain_prompt(example["question"]) for example in examples]
+        prompts = [processor.prompt(example["question"]) for example in examples]
         inputs = {**processor.tokenize_prompts(prompts), **volumes}
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         generated = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)

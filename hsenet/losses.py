@@ -5,6 +5,7 @@ error) of its own rows only; averaged over processes, as DDP does with gradients
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -47,15 +48,51 @@ def image_text_contrastive_loss(similarity: GlobalSimilarity, logit_scale: torch
 
 
 def semantic_consistency_loss(
-    similarity: GlobalSimilarity, anchor: GlobalSimilarity, logit_scale: torch.Tensor
+    similarity: GlobalSimilarity,
+    anchor: GlobalSimilarity,
+    logit_scale: torch.Tensor,
+    anchor_scale: torch.Tensor | None = None,
+    *,
+    scale_gradient: bool = False,
 ) -> torch.Tensor:
     """
     Keeps stage 2's similarity matrix near the frozen stage-1 one (paper section 3.2, L_SA).
 
-    Mean squared difference of the two logit matrices, each scaled by stage 2's temperature, which gets no gradient
-    from it: shrinking the temperature would otherwise be the easiest way to shrink the loss.
+    Mean squared difference of the two logit matrices, averaged over both directions. The anchor gets no gradient.
+
+    Args:
+        similarity ([`GlobalSimilarity`]): cosines of stage 2.
+        anchor ([`GlobalSimilarity`]): cosines of stage 1, for the same rows.
+        logit_scale (`torch.Tensor` of shape `()`): stage 2's temperature, `model.logit_scale.exp()`.
+        anchor_scale (`torch.Tensor` of shape `()`, *optional*):
+            Stage 1's own temperature. `None`, as the released weights were trained: stage 2's scales both matrices.
+        scale_gradient (`bool`):
+            Whether stage 2's temperature learns from this loss, through its own logits only (released weights). With
+            one temperature for both matrices its easiest way is to shrink.
     """
-    scale = logit_scale.detach()
-    image_loss = nn.functional.mse_loss(scale * similarity.image_to_text, scale * anchor.image_to_text.detach())
-    text_loss = nn.functional.mse_loss(scale * similarity.text_to_image, scale * anchor.text_to_image.detach())
+    anchor_scale = (logit_scale if anchor_scale is None else anchor_scale).detach()
+    scale = logit_scale if scale_gradient else logit_scale.detach()
+    image_loss = nn.functional.mse_loss(scale * similarity.image_to_text, anchor_scale * anchor.image_to_text.detach())
+    text_loss = nn.functional.mse_loss(scale * similarity.text_to_image, anchor_scale * anchor.text_to_image.detach())
     return (image_loss + text_loss) / 2
+
+
+def consistency_weight(
+    step: int, weight: float, schedule: Literal["constant", "linear_decay"], decay_steps: int
+) -> float:
+    """
+    What the consistency loss is multiplied with at an optimiser step, counted from 0.
+
+    Args:
+        step (`int`): optimiser steps done so far.
+        weight (`float`): lambda_s of the paper.
+        schedule (`"constant"` or `"linear_decay"`):
+            `weight` at every step, as in the paper, or `weight` at step 0 and evenly less to 0 at `decay_steps` and
+            ever after, as in the code behind the released weights.
+        decay_steps (`int`): only for `"linear_decay"`.
+    """
+    if schedule == "constant":
+        return weight
+    if decay_steps < 1:
+        raise ValueError(f"decay_steps should be at least 1, got {decay_steps}; consistency_weight=0 has no anchor.")
+    return weight * max(1 - step / decay_steps, 0.0)

@@ -7,6 +7,7 @@ import torch
 from hsenet.collators import ContrastiveCollator, ReportCollator
 from hsenet.data import generation_rows
 from hsenet.report_augmentation import ReportAugmentation
+from processing_hsenet import HSENetProcessor
 
 
 TURNS = [
@@ -60,6 +61,23 @@ def test_labels_are_answers_and_end_only(model, volumes):
     targets = batch["labels"][batch["labels"] != -100]
     end = processor.tokenizer.eos_token
     assert processor.tokenizer.decode(targets) == "".join(f" {answer}{end}" for _, answer in TURNS)
+
+
+def test_turns_of_a_chat_template_share_what_precedes_the_volumes_end(model, volumes):
+    template = (
+        "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer, length = tiny.tokenizer(chat_template=template), model.config.image_seq_length
+    processor = HSENetProcessor(tiny.image_processor(), tokenizer, length)
+    batch = ReportCollator(processor, max_length=200)(examples(volumes, [(0, TURNS)]))
+    labels = batch["labels"]
+    assert tokenizer.decode(labels[labels != -100]) == "".join(f"{answer}<|end|>" for _, answer in TURNS)
+    turns = [f"{question}<|end|><|assistant|>{answer}<|end|>" for question, answer in TURNS]
+    assert tokenizer.decode(batch["input_ids"][0]) == "<|user|>" + "<image>" * length + "".join(turns)
+    alone = ReportCollator(processor, max_length=200)(examples(volumes, [(0, TURNS[:1])]))
+    inference = processor.tokenize_prompts([processor.prompt(TURNS[0][0])])["input_ids"][0]
+    assert torch.equal(alone["input_ids"][0, : len(inference)], inference)  # training sees what generation gets
 
 
 def test_a_cut_answer_has_no_end(model, volumes):

@@ -5,7 +5,7 @@ import tiny
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
-from transformers import GPT2Config
+from transformers import BertConfig, GPT2Config
 
 from configuration_hsenet import HSENetCLIPConfig, HSENetConfig, HSENetVisionConfig
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
@@ -27,6 +27,19 @@ def test_defaults_are_the_papers_sizes():
     assert config.local_vision_config.slice_hidden_size == config.slice_config.hidden_size == 768
     assert config.slice_config.grid_size == (1, 14, 14)
     assert config.text_config.hidden_size == 3072 and config.num_slices == 32
+
+
+def test_residuals_are_those_of_models_saved_before_there_was_a_choice():
+    assert HSENetVisionConfig().scorer_residual == HSENetConfig().packer_residual == "projected_query"
+
+
+@pytest.mark.parametrize(
+    ("config_class", "field"), [(HSENetVisionConfig, "scorer_residual"), (HSENetConfig, "packer_residual")]
+)
+def test_unknown_residual_is_refused(config_class, field):
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"{field}[^$]*'query'[^$]*got none"):
+        config_class(**{field: "none"})
+    assert getattr(config_class.from_dict(config_class(**{field: "query"}).to_dict()), field) == "query"
 
 
 def test_parameter_counts_of_the_papers_sizes():
@@ -179,3 +192,12 @@ def test_language_model_configuration_may_be_an_object():
     config = HSENetConfig(text_config=GPT2Config(n_embd=48, n_layer=1, n_head=2))
     assert isinstance(config.text_config, GPT2Config) and config.text_config.hidden_size == 48
     assert HSENetConfig.from_dict(config.to_dict()).text_config.to_dict() == config.text_config.to_dict()
+
+
+def test_no_trace_of_the_folders_that_the_parts_came_from():
+    vision, text = HSENetVisionConfig(**tiny.VISION), BertConfig()
+    vision._name_or_path = text._name_or_path = "/home/somebody/study"  # as from_pretrained leaves it
+    for parts in ((vision, text), (vision.to_dict(), text.to_dict())):
+        config = HSENetCLIPConfig(vision_config=parts[0], text_config=parts[1])
+        assert "somebody" not in config.to_json_string()
+    assert vision._name_or_path == "/home/somebody/study"  # the caller's own stays

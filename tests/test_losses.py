@@ -2,11 +2,17 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
 
-from hsenet.losses import global_similarity, image_text_contrastive_loss, semantic_consistency_loss
+from hsenet.losses import (
+    consistency_weight,
+    global_similarity,
+    image_text_contrastive_loss,
+    semantic_consistency_loss,
+)
 
 
 def embeddings(rows: int = 8, width: int = 5) -> list[torch.Tensor]:
@@ -50,6 +56,81 @@ def test_consistency_loss_gives_no_gradient_to_anchor_and_temperature():
     semantic_consistency_loss(similarity, anchor, scale).backward()
     assert parts[0].grad.abs().sum() > 0 and parts[1].grad.abs().sum() > 0
     assert parts[2].grad is None and parts[3].grad is None and scale.grad is None
+
+
+def test_each_matrix_may_have_its_own_temperature():
+    images, texts, anchor_images, anchor_texts = embeddings()
+    difference = 7.0 * images @ texts.t() - 3.0 * anchor_images @ anchor_texts.t()
+    similarity, anchor = global_similarity(images, texts), global_similarity(anchor_images, anchor_texts)
+    anchor_scale = torch.tensor(3.0, requires_grad=True)
+    loss = semantic_consistency_loss(similarity, anchor, torch.tensor(7.0), anchor_scale, scale_gradient=True)
+    assert loss.item() == pytest.approx((difference**2).mean().item(), abs=1e-12)
+    assert not loss.requires_grad  # not even through the anchor's own temperature
+
+
+def test_weight_of_the_consistency_loss_over_the_steps():
+    steps = (0, 1, 2500, 4999, 5000, 7000)
+    decayed = [consistency_weight(step, 0.1, "linear_decay", 5000) for step in steps]
+    assert decayed == pytest.approx([0.1, 0.09998, 0.05, 0.00002, 0, 0], abs=1e-12)
+    assert [consistency_weight(step, 0.1, "constant", 5000) for step in steps] == [0.1] * 6
+    assert consistency_weight(3, 0.4, "linear_decay", 4) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        consistency_weight(3, 0.1, "linear_decay", 0)
+
+
+def released_losses(student: dict, teacher: dict, log_scale: torch.Tensor, step: int) -> torch.Tensor:
+    """Stage 2's loss as the released weights were trained, in plain torch: raw features to one number."""
+
+    def unit(features: torch.Tensor) -> torch.Tensor:
+        return features / features.norm(dim=-1, keepdim=True)
+
+    scale = log_scale.exp()
+    logits = scale * unit(student["images"]) @ unit(student["texts"]).T
+    teacher_logits = (scale * unit(teacher["images"]) @ unit(teacher["texts"]).T).detach()
+    targets = torch.eye(len(logits), dtype=logits.dtype)
+    contrastive = -(targets * (logits.log_softmax(1) + logits.log_softmax(0))).sum() / (2 * len(logits))
+    forwards, backwards = (logits - teacher_logits) ** 2, (logits.T - teacher_logits.T) ** 2
+    weight = 0.1 * (1 - step / 5000) if step < 5000 else 0.0
+    return contrastive + weight * (forwards.mean() + backwards.mean()) / 2
+
+
+@pytest.mark.parametrize("step", [0, 1000, 2500, 4999, 5000, 7000])
+def test_released_stage2_of_a_whole_model(step):
+    """Losses and gradients of a tiny stage-2 model and its frozen teacher, with the released settings."""
+    student, teacher = tiny.clip_model("slices", logit_scale_init_value=1.1314), tiny.clip_model()  # exp: 3.1
+    generator = torch.Generator().manual_seed(step)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    tokens = tiny.tokenizer()(tiny.SENTENCES[:4], padding=True, return_tensors="pt")
+    inputs = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+    inputs["pixel_values"] = torch.rand(4, 1, *tiny.IMAGE_SIZE, generator=generator)
+    slices = torch.randn(4, tiny.NUM_SLICES, tiny.SLICES["hidden_size"], generator=generator)
+
+    def gradients(loss: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+        student.zero_grad()
+        loss.backward()
+        return loss.item(), {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+
+    with torch.no_grad():
+        anchor_outputs = teacher(**inputs)
+    outputs = student(**inputs, slice_features=slices)
+    similarity = global_similarity(outputs.image_embeds, outputs.text_embeds)
+    anchor = global_similarity(anchor_outputs.image_embeds, anchor_outputs.text_embeds)
+    consistency = semantic_consistency_loss(similarity, anchor, student.logit_scale.exp(), scale_gradient=True)
+    contrastive = image_text_contrastive_loss(similarity, student.logit_scale.exp())
+    loss, actual = gradients(contrastive + consistency_weight(step, 0.1, "linear_decay", 5000) * consistency)
+
+    def features(model, **guidance) -> dict[str, torch.Tensor]:
+        texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+        return {"images": model.get_image_features(inputs["pixel_values"], **guidance).pooler_output, "texts": texts}
+
+    reference = released_losses(features(student, slice_features=slices), features(teacher), student.logit_scale, step)
+    expected_loss, expected = gradients(reference)
+    assert loss == pytest.approx(expected_loss, abs=1e-6)
+    assert set(actual) == set(expected) and actual["logit_scale"].abs() > 1e-4
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4)
 
 
 def one_rank(rank: int, world_size: int, port: int, results) -> None:

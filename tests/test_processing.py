@@ -251,6 +251,55 @@ def test_plain_prompt_is_made_for_one_text_a_volume():
     assert processor.tokenizer.decode(outputs["input_ids"][1]).endswith("<image>effusion?")
 
 
+def test_a_question_becomes_a_turn_of_the_chat_template():
+    processor = text_processor(chat_template=PHI_TEMPLATE)
+    turn = "<|user|><image>a nodule?<|end|><|assistant|>"
+    assert processor.prompt("a nodule?") == turn
+    assert processor.answer("a nodule?", "yes") == "yes<|end|>"
+    volumes = {"volumes": tiny.scan(), "spacing": SPACING, "return_tensors": "pt"}
+    expected = processor(text=turn, **volumes)
+    outputs = processor(text="a nodule?", **volumes)
+    assert all(torch.equal(outputs[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("template", [None, PHI_TEMPLATE])
+@pytest.mark.parametrize(
+    ("layout", "prompt"),
+    [("adjacent", "<|endoftext|><image>a nodule?"), ("separate_line", "<|endoftext|><image>\na nodule?")],
+)
+def test_the_plain_prompt_knows_no_template(template, layout, prompt):
+    tokenizer = tiny.tokenizer(**({"chat_template": template} if template is not None else {}))
+    processor = HSENetProcessor(
+        tiny.image_processor(), tokenizer, TOKENS, prompt_style="plain", plain_prompt_layout=layout
+    )
+    assert processor.prompt("a nodule?") == processor.plain_prompt("a nodule?") == prompt
+    assert processor.answer("a nodule?", "yes") == " yes<|endoftext|>"
+    assert processor.apply_chat_template(conversation(), tokenize=False, add_generation_prompt=True) == prompt
+    dialogue = processor.apply_chat_template(conversation(answer="yes"), tokenize=False)
+    assert dialogue == f"{prompt} yes<|endoftext|>"
+    ids = processor(text="a nodule?", volumes=tiny.scan(), spacing=SPACING)["input_ids"][0]
+    assert processor.tokenizer.decode(ids) == prompt.replace("<image>", "<image>" * TOKENS)
+
+
+def test_without_a_template_both_styles_are_the_plain_prompt():
+    chat, plain = (HSENetProcessor(tiny.image_processor(), tiny.tokenizer(), TOKENS, prompt_style=style)
+                   for style in ("chat", "plain"))  # fmt: skip
+    assert chat.prompt("a nodule?") == plain.prompt("a nodule?") == chat.plain_prompt("a nodule?")
+    assert chat.answer("a nodule?", "yes") == plain.answer("a nodule?", "yes")
+
+
+def test_a_template_whose_prompt_is_no_beginning_of_its_dialogue_is_refused():
+    thinking = PHI_TEMPLATE.replace("%}<|assistant|>{%", "%}<|assistant|><think>{%")
+    with pytest.raises(ValueError, match='other text before the answer: use prompt_style="plain"'):
+        text_processor(chat_template=thinking).answer("a nodule?", "yes")
+
+
+@pytest.mark.parametrize("setting", ["prompt_style", "plain_prompt_layout"])
+def test_unknown_prompts_are_refused(setting):
+    with pytest.raises(ValueError, match=f"{setting} should be '.*' or '.*', got 'other'"):
+        HSENetProcessor(tiny.image_processor(), tiny.tokenizer(), TOKENS, **{setting: "other"})
+
+
 def test_bos_is_not_doubled():
     tokenizer = tiny.tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

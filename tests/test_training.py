@@ -98,6 +98,8 @@ def stage_settings(stage: str, workspace: Path, output: str) -> dict:
             "stage1": str(workspace / "stage1"),
             "slice_encoder": str(foundation / "slice_encoder"),
             "num_slices": 4,
+            "consistency_schedule": "linear_decay",
+            "consistency_decay_steps": 2,
         },
         "stage3": {
             "stage1": str(workspace / "stage1"),
@@ -172,6 +174,12 @@ def test_stage2_starts_from_stage1_and_keeps_the_slice_encoder(stage1, stage2, f
     assert all(torch.equal(second[f"slice_encoder.{name}"], tensor) for name, tensor in slices.items())
     moved = (second["vision_model.layers.0.mlp.fc1.weight"] - first["vision_model.layers.0.mlp.fc1.weight"]).abs()
     assert 0 < moved.max() < 0.01  # three steps from stage 1, not a new initialisation
+
+
+def test_stage2_logs_the_decaying_weight_of_its_anchor(stage2):
+    logged = [json.loads(line) for line in (stage2 / "log.jsonl").read_text().splitlines()]
+    weights = [values["consistency_weight"] for values in logged if "consistency_weight" in values]
+    assert weights == pytest.approx([0.1, 0.05, 0])
 
 
 def test_stage3_trains_packers_and_lora_only(stage1, stage2, stage3, foundation):

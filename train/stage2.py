@@ -17,7 +17,12 @@ from configuration_hsenet import HSENetCLIPConfig
 from hsenet.collators import ContrastiveCollator
 from hsenet.data import VolumeRows, load_rows, one_per_study, report_text
 from hsenet.evaluation import embed, evaluate_retrieval
-from hsenet.losses import global_similarity, image_text_contrastive_loss, semantic_consistency_loss
+from hsenet.losses import (
+    consistency_weight,
+    global_similarity,
+    image_text_contrastive_loss,
+    semantic_consistency_loss,
+)
 from hsenet.report_augmentation import ReportAugmentation
 from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
 from hsenet.volume_cache import cache_volumes
@@ -31,7 +36,24 @@ class ModelArguments:
     slice_encoder: str = field(default="", metadata={"help": "Frozen 2D encoder: a saved HSENetVisionModel."})
     init: Literal["stage1", "random"] = field(default="stage1", metadata={"help": "Where training starts from."})
     num_slices: int = field(default=32)
+    scorer_residual: Literal["projected_query", "query"] = field(
+        default="projected_query", metadata={"help": "What the scorer adds to its attention: see HSENetVisionConfig."}
+    )
     consistency_weight: float = field(default=0.1, metadata={"help": "lambda_s of the paper; 0: no anchor."})
+    consistency_schedule: Literal["constant", "linear_decay"] = field(
+        default="constant",
+        metadata={"help": "The weight over the steps: the paper's, or the released code's, which ends at 0."},
+    )
+    consistency_decay_steps: int = field(
+        default=5000, metadata={"help": "With linear_decay: optimiser steps after which there is no anchor any more."}
+    )
+    consistency_scale: Literal["teacher", "student"] = field(
+        default="teacher",
+        metadata={"help": "Whose temperature scales the anchor's logits: its own, or (released) stage 2's."},
+    )
+    consistency_scale_gradient: bool = field(
+        default=False, metadata={"help": "Whether stage 2's temperature learns from the anchor too (released: yes)."}
+    )
     max_logit_scale: float = field(default=4.6052, metadata={"help": "The log temperature stays below: ln 100."})
 
 
@@ -40,7 +62,7 @@ def guided_model(anchor: HSENetCLIPModel, slice_encoder: HSENetVisionModel, argu
     anchor_config = anchor.config.to_dict()
     config = HSENetCLIPConfig(
         guidance="slices",
-        vision_config=anchor_config["vision_config"],
+        vision_config={**anchor_config["vision_config"], "scorer_residual": arguments.scorer_residual},
         text_config=anchor_config["text_config"],
         slice_config=slice_encoder.config.to_dict(),
         num_slices=arguments.num_slices,
@@ -123,9 +145,21 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
             anchor_similarity = global_similarity(
                 anchor_images[index].to(loss.device), anchor_texts[index].to(loss.device)
             )
-            consistency = semantic_consistency_loss(similarity, anchor_similarity, log_scale.exp())
-            loss = loss + model_arguments.consistency_weight * consistency
-            values["consistency"] = consistency.item()
+            consistency = semantic_consistency_loss(
+                similarity,
+                anchor_similarity,
+                log_scale.exp(),
+                anchor.logit_scale.exp() if model_arguments.consistency_scale == "teacher" else None,
+                scale_gradient=model_arguments.consistency_scale_gradient,
+            )
+            weight = consistency_weight(
+                step,
+                model_arguments.consistency_weight,
+                model_arguments.consistency_schedule,
+                model_arguments.consistency_decay_steps,
+            )
+            loss = loss + weight * consistency
+            values |= {"consistency": consistency.item(), "consistency_weight": weight}
         return loss, values
 
     def evaluate(model: HSENetCLIPModel) -> dict[str, float]:

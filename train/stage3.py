@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from configuration_hsenet import HSENetConfig
+from hsenet.adapters import lora_config
 from hsenet.collators import ReportCollator
 from hsenet.data import SimilarLengthSampler, VolumeRows, generation_rows, load_rows
 from hsenet.evaluation import evaluate_language_loss
@@ -39,7 +40,16 @@ class ModelArguments:
     encoders: Literal["both", "global", "local"] = field(default="both")
     packer_window_size: list[int] = field(default_factory=lambda: [1, 4, 4])
     packer_dropout: float = field(default=0.1)
+    packer_residual: Literal["projected_query", "query"] = field(
+        default="projected_query", metadata={"help": "What a packer adds to its attention: see HSENetConfig."}
+    )
     tasks: list[str] = field(default_factory=lambda: ["reports", "vqa"])
+    prompt_style: Literal["chat", "plain"] = field(
+        default="chat",
+        metadata={
+            "help": "The language model's chat template, if it has one, or the plain prompt of the paper's code."
+        },
+    )
     questions_per_row: int = field(
         default=1, metadata={"help": "Questions of a volume that share its tokens: same loss, fewer tokens."}
     )
@@ -54,8 +64,8 @@ def assemble(
     """Both trained encoders and the language model in one model; only the packers are new."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    # Training runs on the plain prompt: an instruct template saved with the model would be a prompt it never saw.
-    tokenizer.chat_template = None
+    if arguments.prompt_style == "plain":
+        tokenizer.chat_template = None  # saved with the model, it would be a prompt that the model never saw
     language_model = AutoModelForCausalLM.from_pretrained(arguments.language_model, dtype=torch.float32)
     if len(tokenizer) > language_model.config.vocab_size:
         language_model.resize_token_embeddings(len(tokenizer))
@@ -67,6 +77,7 @@ def assemble(
         text_config=language_model.config.to_dict(),
         packer_window_size=arguments.packer_window_size,
         packer_dropout=arguments.packer_dropout,
+        packer_residual=arguments.packer_residual,
         num_slices=stage2.config.num_slices,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         initializer_range=stage1.config.initializer_range,
@@ -85,19 +96,7 @@ def assemble(
 
 def with_lora(model: HSENetForConditionalGeneration, arguments: ModelArguments) -> nn.Module:
     """LoRA on every linear layer of the language model, as the paper; the packers train in full."""
-    backbone = "model.language_model"
-    linear = [
-        f"{backbone}.{name}"
-        for name, module in model.get_submodule(backbone).named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    peft_config = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=linear,
-        modules_to_save=["multi_modal_projector"],
-    )
+    peft_config = lora_config(model, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout)
     return get_peft_model(model, peft_config)
 
 
@@ -111,7 +110,12 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     stage2 = HSENetCLIPModel.from_pretrained(model_arguments.stage2)
     image_processor = HSENetProcessor.from_pretrained(model_arguments.stage2).image_processor
     model, tokenizer = assemble(stage1, stage2, model_arguments)
-    processor = HSENetProcessor(image_processor, tokenizer, image_seq_length=model.config.image_seq_length)
+    processor = HSENetProcessor(
+        image_processor,
+        tokenizer,
+        image_seq_length=model.config.image_seq_length,
+        prompt_style=model_arguments.prompt_style,
+    )
     model = with_lora(model, model_arguments)
     if training.gradient_checkpointing:
         model.enable_input_require_grads()

@@ -1,0 +1,80 @@
+"""Loading refuses incomplete checkpoints, and the fingerprint notices changed numbers."""
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+import hsenet  # noqa: F401  registers the Auto classes
+from hsenet.cli import main
+from hsenet.fingerprint import check_fingerprint, store_fingerprint
+
+
+def change_tensors(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("make", [tiny.generation_model, tiny.clip_model, tiny.vision_model])
+def test_a_missing_weight_is_refused_with_its_name(make, tmp_path):
+    make().save_pretrained(tmp_path)
+    name = sorted(load_file(tmp_path / "model.safetensors"))[-1]
+    change_tensors(tmp_path, lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=f"1 weights of HSENet.* {name}. Expected a complete"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_weight_of_another_shape_is_refused_even_on_request(tmp_path):
+    tiny.vision_model().save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors.update({"norm.bias": torch.zeros(5)}))
+    with pytest.raises(ValueError, match="norm.bias"):
+        AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny.clip_model("slices").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: tiny.generation_model(encoders="local"), tiny.generation_model, tiny.clip_model, tiny.vision_model],
+)
+def test_the_same_model_has_the_same_fingerprint(make, tmp_path, capsys):
+    make().save_pretrained(tmp_path)
+    assert main(["fingerprint", str(tmp_path)]) == 0
+    first = capsys.readouterr().out.strip()
+    assert len(first) == 12
+    assert main(["fingerprint", str(tmp_path), "--check"]) == 0
+    assert capsys.readouterr().out.startswith(f"{first}: as stored, largest difference 0.0e+00")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - threads if threads < 3 else 1)
+    assert check_fingerprint(tmp_path)["hash"] == first
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "part", ["logit_scale", "vision_model", "scorer", "slice_encoder", "text_model", "projection"]
+)
+def test_changed_weights_are_noticed(part, folder):
+    stored = store_fingerprint(folder)
+
+    def change(tensors: dict) -> None:
+        name = next(name for name in sorted(tensors) if part in name and (tensors[name].ndim == 2 or part == name))
+        half = tensors[name] if part == name else tensors[name][::2]  # all of a projection alike changes nothing
+        half *= 1.1
+
+    change_tensors(folder, change)
+    with pytest.raises(ValueError, match=f"no longer computes.*hash {stored['hash']} stored"):
+        check_fingerprint(folder)
+
+
+def test_damaged_weights_and_absent_fingerprints(folder):
+    with pytest.raises(FileNotFoundError, match="no fingerprint.json.*hsenet fingerprint DIR"):
+        check_fingerprint(folder)
+    change_tensors(folder, lambda tensors: tensors["visual_projection.bias"].fill_(float("nan")))
+    with pytest.raises(ValueError, match="image embeddings are nan.*damaged"):
+        store_fingerprint(folder)
