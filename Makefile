@@ -6,7 +6,7 @@ OUTPUT ?= outputs/quickstart
 THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 CONFIGS ?= train/configs/quickstart
 # Smaller numbers give a faster and worse run. Spacing in mm along x, y, z.
-TRAIN_STUDIES ?= 3000
+TRAIN_STUDIES ?= 4500
 SPACING ?= 5 5 8
 
 BIN := $(CURDIR)/.venv/bin

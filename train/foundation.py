@@ -51,6 +51,7 @@ class ModelArguments:
     language_config: dict = field(default_factory=dict, metadata={"help": "Sizes of the language model."})
     language_vocab_size: int = field(default=1000)
     language_steps: int = field(default=300)
+    language_batch_size: int = field(default=64)
     language_learning_rate: float = field(default=1e-3)
     report_repeats: int = field(
         default=3, metadata={"help": "How often the language model gets a report for each time it gets a question."}
@@ -221,8 +222,9 @@ def train_language_model(
         }
         return {name: torch.tensor(values)[:, : data.max_length] for name, values in batch.items()}
 
-    sampler = SimilarLengthSampler([len(row.answer) for row in rows], training.batch_size, training.seed)
-    loader = DataLoader(rows, training.batch_size, sampler=sampler, drop_last=True, collate_fn=collate)
+    batch_size = arguments.language_batch_size
+    sampler = SimilarLengthSampler([len(row.answer) for row in rows], batch_size, training.seed)
+    loader = DataLoader(rows, batch_size, sampler=sampler, drop_last=True, collate_fn=collate)
     training.max_steps = arguments.language_steps
     training.learning_rate = arguments.language_learning_rate
     model = train(run, Phi3ForCausalLM(config), loader, _language_loss, lambda model: {}, training)
