@@ -50,13 +50,14 @@ def plan_rows(corpus: Corpus, index: str) -> Plan:
     for split in SPLITS:
         for entry in entries.get(split, []):
             split_of_case.setdefault(_parts(entry)[:2], split)
-    plan, texts = Plan([]), {}
+    plan, texts, counts = Plan([]), {}, {}
     for split in SPLITS:
-        for number, entry in enumerate(entries.get(split, []), start=1):
+        for entry in entries.get(split, []):
             collection, case, series = _parts(entry)
+            counts[collection, case] = counts.get((collection, case), 0) + 1
             if (collection, case) not in texts:
                 texts[collection, case] = _read_text(corpus, parts.get((collection, case), set()))
-            row = _row(collection, case, series, number, texts[collection, case])
+            row = _row(collection, case, series, counts[collection, case], texts[collection, case])
             row["split"] = split_of_case[collection, case]
             row["file"] = _series_folder(parts.get((collection, case), set()), series)
             if reason := _reason(row, series):
@@ -141,7 +142,7 @@ def read_pictures(
     corpus: Corpus, row: dict[str, Any], *, window: tuple[float, float], slice_spacing: tuple, first_slice: str
 ) -> Volume:
     """Numbered pictures of axial slices to HU and a geometry, both as assumed."""
-    names = corpus.glob(f"{row['file']}/*") if "::" not in row["file"] else _members(corpus, row["file"])
+    names = corpus.listing(row["file"])
     numbered = sorted((int(match[1]), name) for name in names if (match := PICTURE.fullmatch(name.rpartition("/")[2])))
     slices = [np.asarray(Image.open(io.BytesIO(corpus.read(name))).convert("L")) for _, name in numbered]
     shapes = {picture.shape for picture in slices}
@@ -152,11 +153,6 @@ def read_pictures(
     if first_slice == "superior":
         array = array[::-1]
     return read_volume(np.ascontiguousarray(array), spacing=slice_spacing)
-
-
-def _members(corpus: Corpus, folder: str) -> list[str]:
-    archive, _, inside = folder.partition("::")
-    return [f"{archive}::{name}" for name in corpus.members(archive) if name.rpartition("/")[0] == inside]
 
 
 def main() -> None:

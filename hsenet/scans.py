@@ -52,8 +52,13 @@ def read_hu(path: Path, hu_slope: float | None = None, hu_intercept: float | Non
         HSENetInputError: what `read_volume` refuses, and a file that has a scaling beside that of the metadata.
     """
     volume = read_volume(path)
-    if hu_slope is None or hu_intercept is None:
+    if hu_slope is None and hu_intercept is None:
         return volume
+    if hu_slope is None or hu_intercept is None or path.is_dir():
+        raise UnsupportedImageError(
+            "hu_slope and hu_intercept are of NIfTI files of stored values and belong together: expected both, or "
+            f"none, got {hu_slope} and {hu_intercept} for a {'folder' if path.is_dir() else 'file'}."
+        )
     slope, intercept = nibabel.load(path).header.get_slope_inter()  # None, None: no scaling
     if (slope or 1.0, intercept or 0.0) != (1.0, 0.0):
         raise UnsupportedImageError(

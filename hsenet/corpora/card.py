@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Value
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from hsenet.phantom import CT_RATE_LABELS
@@ -57,7 +58,7 @@ def write_card(
         tags=["medical", "radiology", "ct", "chest", "3d"],
         size_categories=_size(sum(map(len, reports.values()))),
         configs=_configs(output, list(reports), with_questions=bool(questions)),
-        **({"license_name": "see-below", "license_link": facts.source} if facts.license == "other" else {}),
+        **({"license_name": "see-terms"} if facts.license == "other" else {}),
     )
     sections = [
         f"---\n{data.to_yaml()}\n---\n",
@@ -147,6 +148,6 @@ def _prevalence(reports: dict[str, list[dict]]) -> str:
 def _columns(name: str, columns: dict[str, tuple[Any, str]]) -> str:
     lines = [f"`{name}`:\n", "| column | type | content |", "|---|---|---|"]
     for column, (feature, words) in columns.items():
-        kind = feature.dtype if hasattr(feature, "dtype") else f"list of {feature.feature.dtype}"
+        kind = feature.dtype if isinstance(feature, Value) else f"list of {feature.feature.dtype}"
         lines.append(f"| `{column}` | {kind} | {words} |")
     return "\n".join(lines) + "\n"

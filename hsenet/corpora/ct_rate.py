@@ -69,7 +69,7 @@ def ct_rate_rows(
             if reason:
                 excluded.append({"volume_name": name, "split": row["split"], "reason": reason})
                 continue
-            if RELEASES[release][1] and row["hu_slope"] is None:
+            if RELEASES[release][1] and None in (row["hu_slope"], row["hu_intercept"]):
                 excluded.append({"volume_name": name, "split": row["split"], "reason": "no rescaling in the metadata"})
                 continue
             rows.append(row)

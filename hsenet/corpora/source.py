@@ -58,6 +58,13 @@ class Corpus:
             return names
         return [f"{name}{INSIDE}{member}" for name in names for member in self.members(name) if fnmatch(member, inner)]
 
+    def listing(self, folder: str) -> list[str]:
+        """What lies in a folder, on disk or in an archive."""
+        archive, _, inside = folder.partition(INSIDE)
+        if inside:
+            return [f"{archive}{INSIDE}{name}" for name in self.members(archive) if name.rpartition("/")[0] == inside]
+        return [f"{folder}/{name.rpartition('/')[2]}" for name in self.files.ls(self._path(folder), detail=False)]
+
     def members(self, archive: str) -> list[str]:
         """Files in an archive, in its own order."""
         return [info.filename for info in self._archive(archive).infolist() if not info.is_dir()]
