@@ -15,7 +15,7 @@ from hsenet.phantom import CT_RATE_LABELS, PhantomStudy, nifti_bytes, render_stu
 from reading_hsenet import read_volume
 
 
-SPACING = (11.0, 11.0, 12.0)  # coarse: these tests are about files
+SPACING = (4.8, 4.8, 8.0)  # coarse: these tests are about files
 
 
 @cache
@@ -122,8 +122,8 @@ def _metadata(number: int, name: str) -> dict:
         "PatientAge": f"{phantom.age:03d}Y",
         "RescaleIntercept": INTERCEPTS[number % 2],
         "RescaleSlope": 1,
-        "XYSpacing": "[11.0, 11.0]",
-        "ZSpacing": 12.0,
+        "XYSpacing": "[4.8, 4.8]",
+        "ZSpacing": 8.0,
     }
 
 
