@@ -59,8 +59,9 @@ def read_hu(path: Path, hu_slope: float | None = None, hu_intercept: float | Non
             "hu_slope and hu_intercept are of NIfTI files of stored values and belong together: expected both, or "
             f"none, got {hu_slope} and {hu_intercept} for a {'folder' if path.is_dir() else 'file'}."
         )
-    slope, intercept = nibabel.load(path).header.get_slope_inter()  # None, None: no scaling
-    if (slope or 1.0, intercept or 0.0) != (1.0, 0.0):
+    scaling = nibabel.load(path).dataobj  # not the image's header: nibabel clears it there
+    slope, intercept = scaling.slope, scaling.inter
+    if (slope, intercept) != (1.0, 0.0):
         raise UnsupportedImageError(
             f"The file has a scaling of its own (slope {slope:g}, intercept {intercept:g}) and the metadata another "
             f"({hu_slope:g}, {hu_intercept:g}): expected one source of HU. Choose the release that the files are of."
