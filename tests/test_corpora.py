@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import corpora
+import fake_hub
 import fsspec
 import numpy as np
 import pytest
@@ -435,3 +437,66 @@ def test_programs_take_a_built_dataset(built, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "stage1/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["v1", "bimcv_r", "radgenome"])
+def test_evaluation_with_and_without_questions_and_labels(built, name, tmp_path):
+    spec = importlib.util.spec_from_file_location("evaluate", SCRIPTS.parent / "train/evaluate.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    model = tiny.generation_model()
+    model.save_pretrained(tmp_path / "model")
+    tiny.processor(model).save_pretrained(tmp_path / "model")
+    arguments = program.EvaluationArguments(
+        dataset=str(built[name]),
+        model=str(tmp_path / "model"),
+        tasks=["reports", "vqa"] if name == "radgenome" else ["reports"],
+        question_types=["location", "size"],
+        output_dir=str(tmp_path / "evaluation"),
+        cache_dir=str(tmp_path / "cache"),
+        max_new_tokens=4,
+    )
+    program.main(arguments)
+    metrics = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    assert metrics["num_studies"] >= 1 and metrics["model"]["report"]["num_reports"] == metrics["num_studies"]
+    assert metrics["num_questions"] == (4 if name == "radgenome" else 0)
+
+
+FROM_THE_HUB = """
+import json, sys
+sys.path.insert(0, {scripts!r})
+import build_ct_rate
+from hsenet.corpora.volumes import content_hash
+from hsenet.data import load_rows
+from hsenet.scans import read_scan
+
+corpus = "hf://datasets/someone/CT-RATE@{sha}"
+sys.argv = ["build_ct_rate.py", "--corpus", corpus, "--release", "ct-rate-v2", "--output", {output!r}]
+sys.argv += ["--validation", "0.4", "--shard-rows", "4", "--workers", "1"]
+build_ct_rate.main()
+rows = load_rows("someone/built", "reports", "test")
+print("RESULT", json.dumps([[row["content_hash"], content_hash(read_scan(row)), row["volume"]] for row in rows[:2]]))
+"""
+
+
+def test_hub_is_read_file_by_file(raw, built, tmp_path):
+    """In a fresh process, since huggingface_hub reads its settings when it is imported."""
+    repositories = tmp_path / "hub/someone"
+    shutil.copytree(raw / "ct-rate-v2", repositories / "CT-RATE")
+    shutil.copytree(built["v1"], repositories / "built")
+    program = FROM_THE_HUB.format(scripts=str(SCRIPTS), sha=fake_hub.SHA, output=str(tmp_path / "data"))
+    with fake_hub.serve(tmp_path / "hub") as (endpoint, transferred):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert {name: data for name, data in without_source(tmp_path / "data").items() if "volumes" in name} == {
+        name: data for name, data in without_source(built["v1"]).items() if "volumes" in name
+    }
+    result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[7:])
+    assert all(said == found for said, found, _ in result)
+    assert all(f"someone/built@{fake_hub.SHA}/volumes/test-" in volume for _, _, volume in result)
+    assert "README.md" in {name for name, _ in transferred}
+    left = [path for path in (tmp_path / "home").rglob("*.nii.gz") if path.is_file()]
+    assert left == []  # no scan stays on disk
