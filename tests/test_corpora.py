@@ -346,6 +346,9 @@ def test_tables_of_another_layout_are_refused(raw, tmp_path):
     reports.write_text(text.replace("train_3_a_1.nii.gz", "scan 3"))
     with pytest.raises(CorpusError, match="names no volume"):
         build("build_ct_rate", *arguments)
+    reports.write_bytes(text.replace("Non-contrast", "Sans contraste, é").encode("latin-1"))
+    with pytest.raises(CorpusError, match="not in UTF-8"):
+        build("build_ct_rate", *arguments)
     reports.unlink()
     with pytest.raises(CorpusError, match="has no dataset/radiology_text_reports/train_reports.csv"):
         build("build_ct_rate", *arguments)

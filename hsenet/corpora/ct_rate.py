@@ -120,8 +120,14 @@ def _row(name: str, report: dict, tables: dict[str, dict], release: str) -> dict
         "technique": text_or_none(report.get("Technique_EN")),
         "findings": text_or_none(report["Findings_EN"]),
         "impression": text_or_none(report["Impressions_EN"]),
-        "labels": None if labels is None else [int(float(labels[label])) for label in CT_RATE_LABELS],
+        "labels": None if labels is None else _label_vector(labels),
         # The second release is in HU already: the metadata would be a second rescaling.
         "hu_slope": number_or_none(metadata.get("RescaleSlope")) if stored_values else None,
         "hu_intercept": number_or_none(metadata.get("RescaleIntercept")) if stored_values else None,
     }
+
+
+def _label_vector(labels: dict[str, Any]) -> list[int] | None:
+    """0 or 1 for each finding, None if one of them is blank."""
+    values = [number_or_none(labels[label]) for label in CT_RATE_LABELS]
+    return None if None in values else [int(value) for value in values]

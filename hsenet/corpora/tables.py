@@ -19,27 +19,38 @@ def read_table(corpus: Corpus, name: str, columns: Sequence[str]) -> list[dict[s
     Rows of a CSV or Parquet file, with the values of all its columns.
 
     Raises:
-        CorpusError: one of `columns` is missing, or a row has more or fewer values than the header.
+        CorpusError: the file is of another kind, one of `columns` is missing, or a row does not fit the header.
     """
     content = corpus.read(name)
     if name.endswith(".parquet"):
         table = pyarrow.parquet.read_table(io.BytesIO(content))
         found, rows = table.column_names, table.to_pylist()
+    elif name.endswith(".csv"):
+        rows, found = _read_csv(content, name)
     else:
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-        rows, found = list(reader), reader.fieldnames or []
+        raise CorpusError(f"{name} is no table that is read: expected a name that ends in .csv or .parquet.")
     if missing := [column for column in columns if column not in found]:
         raise CorpusError(
             f"{name} has no column {', '.join(missing)}: expected it among its columns {', '.join(found)}. "
             "Is this the corpus, in the release that the script reads?"
         )
+    return rows
+
+
+def _read_csv(content: bytes, name: str) -> tuple[list[dict[str, Any]], list[str]]:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise CorpusError(f"{name} is not in UTF-8: save it so, or letters of the reports would be wrong.") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows, found = list(reader), list(reader.fieldnames or [])
     for number, row in enumerate(rows, start=1):
-        if None in row or (name.endswith(".csv") and None in row.values()):
+        if None in row or None in row.values():
             raise CorpusError(
                 f"Row {number} of {name} has another number of values than its header: expected {len(found)}. "
                 "Get the file again."
             )
-    return rows
+    return rows, found
 
 
 def text_or_none(value: Any) -> str | None:
@@ -64,5 +75,12 @@ def sex_or_none(value: Any) -> str | None:
 
 
 def number_or_none(value: Any) -> float | None:
+    """
+    Raises:
+        CorpusError: there is something, but no number.
+    """
     text = text_or_none(value)
-    return None if text is None else float(text)
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        raise CorpusError(f"A table has {text[:20]!r} where a number is expected: is it the published one?") from None
