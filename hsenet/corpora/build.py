@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reading_hsenet import SPACING_RANGE_MM, Volume
+from reading_hsenet import Volume
 
 from .card import CardFacts, write_card
 from .files import claim_folder, push, write_atomically
@@ -32,6 +32,7 @@ from .shards import LINK, exclusion, read_file, shard_path, split_into_shards, s
 from .source import INSIDE, Corpus, CorpusError
 
 
+MAX_SPACING_MM = 10.0  # the reader refuses what is coarser
 UPLOADED = ("README.md", "excluded.csv", "leakage.json", "reports/*", "vqa/*", "volumes/*", "preview/*")
 
 
@@ -126,10 +127,8 @@ def _check(arguments: argparse.Namespace, corpus: Corpus) -> None:
             raise SystemExit("--spacing is of scans that are written: use it with --volumes nifti.")
         if arguments.push_to_hub:
             raise SystemExit("--volumes reference points into a local folder and is of no use on the Hub.")
-    if arguments.spacing and max(arguments.spacing) > SPACING_RANGE_MM[1]:
-        raise SystemExit(
-            f"--spacing {arguments.spacing} is coarser than the {SPACING_RANGE_MM[1]:g} mm that are read."
-        )
+    if arguments.spacing and max(arguments.spacing) > MAX_SPACING_MM:
+        raise SystemExit(f"--spacing {arguments.spacing} is coarser than the {MAX_SPACING_MM:g} mm that are read.")
     if arguments.present_only and not corpus.is_local:
         raise SystemExit("--present-only is about a local copy: the Hub holds the whole corpus.")
 
