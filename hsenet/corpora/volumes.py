@@ -32,6 +32,8 @@ def content_hash(volume: Volume) -> str:
 
 
 def as_int16(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.int16:
+        return array
     limits = np.iinfo(np.int16)
     return np.rint(np.clip(array, limits.min, limits.max)).astype(np.int16)
 
@@ -48,7 +50,7 @@ def coarser(volume: Volume, spacing: tuple[float, float, float]) -> Volume:
     array = volume.array[:depth, :height, :width]
     for axis, block in enumerate(blocks):
         shape = (*array.shape[:axis], array.shape[axis] // block, block, *array.shape[axis + 1 :])
-        array = array.reshape(shape).mean(axis + 1)
+        array = array.reshape(shape).mean(axis + 1, dtype=np.float32)
     affine = volume.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ [(block - 1) / 2 for block in blocks]  # the centre of the first block
     affine[:3, :3] *= blocks
