@@ -21,6 +21,8 @@ from pathlib import Path
 from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
 from tqdm import tqdm
 
+from hsenet.corpora.files import claim_folder, push, write_atomically
+from hsenet.corpora.leakage import find_leaks, leakage_table
 from hsenet.phantom import (
     CT_RATE_LABELS,
     PHANTOM_LABELS,
@@ -82,32 +84,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the finished folder to this data set repository")
     return parser.parse_args()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write under another name, then rename: `path` never holds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial_path.write_bytes(content)
-    os.replace(partial_path, path)
-
-
-def claim_folder(output: Path, parameters: dict) -> None:
-    """Note the parameters in build.json, or check that an earlier build of this folder had the same."""
-    note = output / "build.json"
-    if note.exists():
-        earlier = json.loads(note.read_text())
-        if earlier != parameters:
-            raise SystemExit(
-                f"{output} was built with {earlier}, and you ask for {parameters}. "
-                "Choose another --output, repeat the earlier parameters, or delete the folder."
-            )
-    elif output.exists() and any(output.iterdir()):
-        raise SystemExit(f"{output} is not empty and holds no build.json: choose another --output.")
-    else:
-        write_atomically(note, json.dumps(parameters, indent=2).encode())
-    for leftover in output.rglob(".*.partial"):
-        leftover.unlink()
 
 
 def file_name(study: PhantomStudy, reconstruction: int, folder: str) -> str:
@@ -183,6 +159,8 @@ def write_card(output: Path, parameters: dict, studies: dict[str, list[PhantomSt
         f"| {sum(len(study.questions) for study in group)} |\n"
         for split, group in studies.items()
     )
+    rows = ({**row, "split": split} for split, group in studies.items() for row in report_rows(group))
+    leakage = leakage_table(find_leaks(rows), scans_hashed=False)
     everything = [study for group in studies.values() for study in group]
     prevalence = "".join(
         f"| {label} | {1 + i} | {sum(study.labels[i] for study in everything) / len(everything):.1%} |\n"
@@ -192,6 +170,7 @@ def write_card(output: Path, parameters: dict, studies: dict[str, list[PhantomSt
     card = CARD.format(
         configs=configs,
         counts=counts,
+        leakage=leakage,
         prevalence=prevalence,
         parameters=json.dumps(parameters),
         labels=", ".join(CT_RATE_LABELS),
@@ -222,6 +201,7 @@ Build parameters: `{parameters}`. The same parameters give the same bytes.
 No patient is in two splits. Some patients have two studies (scan letters a and b) with partly the same findings; some
 studies have two reconstructions (last number of the name), which share the report.
 
+{leakage}
 ## Files and columns
 
 `volumes/{{split}}/{{split}}_{{patient}}_{{scan}}_{{reconstruction}}.nii.gz`: int16 HU; orientation and spacing differ
@@ -282,16 +262,7 @@ def main() -> None:
         write_parquet(arguments.output / f"vqa/{split}.parquet", list(vqa_rows(group)), VQA_FEATURES)
     write_card(arguments.output, parameters, studies)
     if arguments.push_to_hub:
-        push(arguments.output, arguments.push_to_hub)
-
-
-def push(folder: Path, repository: str) -> None:
-    """Upload the folder as it is: Parquet, volumes, masks and card."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(repository, repo_type="dataset", exist_ok=True)
-    api.upload_folder(folder_path=folder, repo_id=repository, repo_type="dataset")
+        push(arguments.output, arguments.push_to_hub, private=False)  # synthetic: nothing to protect
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi
 
 from hsenet.volume_cache import VolumeCache
 
@@ -21,20 +21,44 @@ REPORT_PROMPTS = (
 )
 
 
-def load_rows(dataset: str, name: str, split: str, max_rows: int | None = None) -> list[dict[str, Any]]:
+def load_rows(
+    dataset: str, name: str, split: str, max_rows: int | None = None, question_types: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """
     Rows of one configuration ("reports", "vqa") of a local dataset folder or a Hub dataset, with their number `row`.
 
-    A column `volume` with paths relative to the dataset's folder is made absolute (a Hub dataset is downloaded); a
-    column of the `Nifti` feature already holds images.
+    No scan is read: `volume`, a path relative to the dataset, becomes one that [`read_scan`] takes, on the Hub too,
+    where scans are fetched one by one. Questions without `volume` get it from the report of the same volume. A column
+    of the `Nifti` feature would be held in memory; the build scripts keep scans in a configuration of their own.
+
+    Args:
+        max_rows (`int`, *optional*): use only the first.
+        question_types: only questions of these types; empty: all.
     """
+    root, revision = _root(dataset)
     # Streamed: the cache that `datasets` keeps of a local folder can hold another folder's rows of the same name.
-    rows = load_dataset(dataset, name, split=split, streaming=True)
+    rows = load_dataset(dataset, name, split=split, streaming=True, revision=revision)
+    if question_types:
+        rows = rows.filter(lambda row: row["question_type"] in question_types)
     numbered = [{**row, "row": number} for number, row in enumerate(islice(rows, max_rows))]
+    if numbered and "volume" not in numbered[0]:
+        scans = {row["volume_name"]: _scan_columns(row) for row in load_rows(dataset, "reports", split)}
+        return [{**row, **scans[row["volume_name"]]} for row in numbered]
     if numbered and isinstance(numbered[0]["volume"], str):
-        root = Path(dataset) if Path(dataset).is_dir() else Path(snapshot_download(dataset, repo_type="dataset"))
-        numbered = [{**row, "volume": str(root / row["volume"])} for row in numbered]
+        numbered = [{**row, "volume": f"{root}/{row['volume']}"} for row in numbered]
     return numbered
+
+
+def _root(dataset: str) -> tuple[str, str | None]:
+    """Where the paths of a dataset start, and its revision: its rows and its scans have to be of the same one."""
+    if Path(dataset).is_dir():
+        return str(Path(dataset)), None
+    revision = HfApi().dataset_info(dataset).sha
+    return f"hf://datasets/{dataset}@{revision}", revision
+
+
+def _scan_columns(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("volume", "hu_slope", "hu_intercept") if name in row}
 
 
 def one_per_study(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

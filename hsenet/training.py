@@ -30,6 +30,9 @@ class DataArguments:
     max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows while training."})
     max_length: int = field(default=512, metadata={"help": "Longest text (stage 3: prompt and answer) in tokens."})
     report_fields: list[str] = field(default_factory=lambda: ["findings", "impression"])
+    question_types: list[str] = field(
+        default_factory=list, metadata={"help": "Stage 3: only questions of these types; empty: all."}
+    )
     max_shift: list[int] = field(
         default_factory=lambda: [0, 0, 0], metadata={"help": "Random shift of the volume in voxels (D, H, W)."}
     )

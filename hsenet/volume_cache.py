@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from hsenet.scans import read_scan, scan_identity
 from modeling_hsenet import HSENetVisionModel
 from processing_hsenet import HSENetImageProcessor
-from reading_hsenet import HSENetInputError, read_volume
+from reading_hsenet import HSENetInputError
 
 
 PREPROCESSING_VERSION = 1  # raise it when the reader or the image processor gives other tensors for the same scan
@@ -45,7 +46,7 @@ class VolumeCache:
         if not path.exists():
             return False
         with safe_open(path, "pt") as file:
-            return file.metadata()["source"] == _source(row)
+            return file.metadata()["source"] == scan_identity(row)
 
     def __getitem__(self, volume_name: str) -> dict[str, torch.Tensor]:
         return {name: tensor.float() for name, tensor in load_file(self.path(volume_name)).items()}
@@ -53,7 +54,7 @@ class VolumeCache:
     def write(self, row: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         path = self.path(row["volume_name"])
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, unfinished, metadata={"source": _source(row)})
+        save_file(tensors, unfinished, metadata={"source": scan_identity(row)})
         unfinished.rename(path)  # a file with the final name is always whole
 
 
@@ -69,7 +70,7 @@ class _Scans(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, dict[str, torch.Tensor]]:
         try:
-            return index, self.image_processor.process_volume(read_volume(self.rows[index]["volume"]))
+            return index, self.image_processor.process_volume(read_scan(self.rows[index]))
         except HSENetInputError as error:
             # The reader names no file; the row's number in the split tells the owner of the data which it is.
             raise type(error)(f"Volume in row {self.rows[index]['row']}: {error}") from None
@@ -86,10 +87,14 @@ def cache_volumes(
 ) -> VolumeCache:
     """
     Args:
-        rows: with `volume_name` (unique) and `volume` (path or nibabel image); a name that repeats is done once.
+        rows: with `volume_name` (unique) and what `read_scan` takes; a name that repeats is done once.
         image_processor ([`HSENetImageProcessor`]): its settings are part of the cache's key.
         slice_encoder ([`HSENetVisionModel`], *optional*): frozen; its weights are part of the cache's key.
-        cache_dir: other settings or weights get another folder in it; a scan that changed on disk is done again.
+        cache_dir: other settings or weights get another folder in it; a scan that changed on disk is done again. All
+            processes, on all nodes, have to see the same folder.
+
+    Raises:
+        RuntimeError: this process does not see what the others wrote.
     """
     cache = VolumeCache(Path(cache_dir) / _settings_key(image_processor, slice_encoder))
     cache.folder.mkdir(parents=True, exist_ok=True)
@@ -107,17 +112,12 @@ def cache_volumes(
             cached["slice_features"] = slice_encoder(pictures).pooler_output.float().cpu().contiguous()
         cache.write(mine[index], cached)
     accelerator.wait_for_everyone()
+    if missing := sum(not cache.path(row["volume_name"]).exists() for row in unique):
+        raise RuntimeError(
+            f"{missing} of {len(unique)} volumes that other processes preprocessed are not in cache_dir: put it on a "
+            "file system that all nodes share."
+        )
     return cache
-
-
-def _source(row: dict[str, Any]) -> str:
-    """Changes when the scan does: of a file or folder its place, size and time, hashed since a path may be a name."""
-    if not isinstance(row["volume"], str):
-        return "in the dataset"
-    path = Path(row["volume"]).resolve()
-    status = path.stat() if path.exists() else None  # the reader has the better words for a missing file
-    identity = f"{path} {status.st_size} {status.st_mtime_ns}" if status else str(path)
-    return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def _settings_key(image_processor: HSENetImageProcessor, slice_encoder: HSENetVisionModel | None) -> str:

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from hsenet.collators import ContrastiveCollator
 from hsenet.data import REPORT_PROMPTS, VolumeRows, load_rows, one_per_study, report_text
 from hsenet.evaluation import embed, generate_answers
+from hsenet.metrics.labeller import label_vector
 from hsenet.metrics.report import best_constant_report_floor, report_metrics
 from hsenet.metrics.retrieval import retrieval_metrics
 from hsenet.metrics.vqa import majority_answer_floor, vqa_metrics
@@ -41,6 +43,10 @@ class EvaluationArguments:
     output_dir: str = field(default="outputs/evaluation")
     cache_dir: str = field(default="outputs/cache")
     report_fields: list[str] = field(default_factory=lambda: ["findings", "impression"])
+    tasks: list[str] = field(
+        default_factory=lambda: ["reports", "vqa"], metadata={"help": "Without vqa: a dataset without questions."}
+    )
+    question_types: list[str] = field(default_factory=list, metadata={"help": "Only these questions; empty: all."})
     max_rows: int | None = field(default=None, metadata={"help": "Only the first studies and questions."})
     batch_size: int = field(default=32)
     max_new_tokens: int = field(default=512)
@@ -129,8 +135,15 @@ def score_text(
     return metrics, predictions
 
 
+def reference_labels(rows: list[dict]) -> np.ndarray:
+    """(num_reports, 18): the dataset's labels, or for all what the labeller finds in the references."""
+    if all(row.get("labels") for row in rows):
+        return np.array([row["labels"] for row in rows])
+    return np.array([label_vector(row["answer"]) for row in rows])
+
+
 def score_reports(predictions: list[str], rows: list[dict]) -> dict:
-    labels = torch.tensor([row["labels"] for row in rows]).numpy()
+    labels = reference_labels(rows)
     occurring = [index for index in range(len(CT_RATE_LABELS)) if labels[:, index].any()]
     return {
         **report_metrics(
@@ -150,13 +163,16 @@ def score_questions(predictions: list[str], rows: list[dict]) -> dict:
 def floors(reports: list[dict], questions: list[dict], arguments: EvaluationArguments) -> dict:
     """What is reached without looking at any volume."""
     train_reports = load_rows(arguments.dataset, "reports", arguments.train_split)
-    train_questions = load_rows(arguments.dataset, "vqa", arguments.train_split)
+    fields = tuple(arguments.report_fields)
+    references = [report_text(row, fields) for row in reports]
     constant = best_constant_report_floor(
-        torch.tensor([row["labels"] for row in reports]).numpy(),
-        training_reports=[report_text(row, tuple(arguments.report_fields)) for row in one_per_study(train_reports)],
+        reference_labels([{**row, "answer": text} for row, text in zip(reports, references, strict=True)]),
+        training_reports=[report_text(row, fields) for row in one_per_study(train_reports)],
     )
-    references = [report_text(row, tuple(arguments.report_fields)) for row in reports]
     bleu = report_metrics([constant["constant_report"]] * len(references), references)["bleu_4"]
+    if not questions:
+        return {"constant_report": {**constant, "bleu_4": bleu}}
+    train_questions = load_rows(arguments.dataset, "vqa", arguments.train_split, None, arguments.question_types)
     majority = {
         name: majority_answer_floor(
             [row["answer"] for row in train_questions],
@@ -177,11 +193,12 @@ def table(metrics: dict) -> str:
                 scores = metrics[stage]
                 lines.append(f"| {stage} retrieval | {name} | {scores[name]:.3f} | | {scores['chance_R@5']:.3f} |")
     if "model" in metrics:
-        constant, majority = metrics["floors"]["constant_report"], metrics["floors"]["majority_answer"]
+        constant = metrics["floors"]["constant_report"]
         best_constant = max(constant["constant_labels_f1_macro"], constant["constant_report_f1_macro"])
         seen, blind = metrics["model"], metrics["shuffled_volumes"]
         rows = [("report", "findings_f1_macro", best_constant), ("report", "bleu_4", constant["bleu_4"])]
         if seen["vqa"]:
+            majority = metrics["floors"]["majority_answer"]
             rows.append(("vqa", "accuracy", majority["type"]["group_majority_accuracy"]))
         for task, name, floor in rows:
             lines.append(f"| {task} | {name} | {seen[task][name]:.3f} | {blind[task][name]:.3f} | {floor:.3f} |")
@@ -191,7 +208,9 @@ def table(metrics: dict) -> str:
 def main(arguments: EvaluationArguments) -> None:
     run = Accelerator(cpu=not torch.accelerator.is_available())
     reports = one_per_study(load_rows(arguments.dataset, "reports", arguments.split))[: arguments.max_rows]
-    questions = load_rows(arguments.dataset, "vqa", arguments.split)[: arguments.max_rows] if arguments.model else []
+    questions = []
+    if arguments.model and "vqa" in arguments.tasks:
+        questions = load_rows(arguments.dataset, "vqa", arguments.split, arguments.max_rows, arguments.question_types)
     metrics: dict[str, Any] = {"split": arguments.split, "num_studies": len(reports), "num_questions": len(questions)}
     for stage in ("stage1", "stage2"):
         if folder := getattr(arguments, stage):

@@ -127,7 +127,9 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     rows = {}
     for split, limit in ((data.train_split, data.max_train_rows), (data.eval_split, data.max_eval_rows)):
         reports = load_rows(data.dataset, "reports", split, limit)
-        questions = load_rows(data.dataset, "vqa", split, limit) if "vqa" in model_arguments.tasks else []
+        questions = []
+        if "vqa" in model_arguments.tasks:
+            questions = load_rows(data.dataset, "vqa", split, limit, data.question_types)
         cache = cache_volumes(
             reports + questions, image_processor, stage2.slice_encoder, data.cache_dir, accelerator, data.num_workers
         )
