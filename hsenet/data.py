@@ -25,8 +25,9 @@ def load_rows(
     dataset: str, name: str, split: str, max_rows: int | None = None, question_types: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """
-    Rows of one configuration ("reports", "vqa") of a local dataset folder or a Hub dataset, with their number `row`.
+    Rows of one configuration ("reports", "vqa") of a local dataset folder or a Hub dataset.
 
+    Each knows its number `row` and its split `from_split`.
     No scan is read: `volume`, a path relative to the dataset, becomes one that [`read_scan`] takes, on the Hub too,
     where scans are fetched one by one. Questions without `volume` get it from the report of the same volume. A column
     of the `Nifti` feature would be held in memory; the build scripts keep scans in a configuration of their own.
@@ -40,7 +41,7 @@ def load_rows(
     rows = load_dataset(dataset, name, split=split, streaming=True, revision=revision)
     if question_types:
         rows = rows.filter(lambda row: row["question_type"] in question_types)
-    numbered = [{**row, "row": number} for number, row in enumerate(islice(rows, max_rows))]
+    numbered = [{**row, "row": number, "from_split": split} for number, row in enumerate(islice(rows, max_rows))]
     if numbered and "volume" not in numbered[0]:
         scans = {row["volume_name"]: _scan_columns(row) for row in load_rows(dataset, "reports", split)}
         return [{**row, **scans[row["volume_name"]]} for row in numbered]

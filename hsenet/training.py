@@ -42,6 +42,8 @@ class DataArguments:
     drop_sentences: float = field(default=0.1, metadata={"help": "With rewrite_reports: chance of each sentence."})
     cache_dir: str = field(default="outputs/cache", metadata={"help": "Where preprocessed volumes are kept."})
     num_workers: int = field(default=0, metadata={"help": "Processes that read scans while the cache is built."})
+    max_failures: int = field(default=0, metadata={"help": "How many unreadable volumes may be left out."})
+    cache_only: bool = field(default=False, metadata={"help": "Build the cache and end."})
     loader_workers: int = field(default=0, metadata={"help": "Processes that load batches while training."})
 
 

@@ -8,12 +8,15 @@ import hashlib
 import inspect
 import json
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +28,7 @@ from processing_hsenet import HSENetImageProcessor
 from reading_hsenet import HSENetInputError
 
 
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 PREPROCESSING_VERSION = 1  # raise it when the reader or the image processor gives other tensors for the same scan
 
 
@@ -53,13 +57,27 @@ class VolumeCache:
 
     def write(self, row: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         path = self.path(row["volume_name"])
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        unfinished = path.with_suffix(f".{_HOST}-{os.getpid()}.tmp")
         save_file(tensors, unfinished, metadata={"source": scan_identity(row)})
         unfinished.rename(path)  # a file with the final name is always whole
 
+    def remove_orphans(self) -> None:
+        """Deletes what processes of this machine left unfinished when they were killed."""
+        for path in self.folder.glob(f"*.{_HOST}-*.tmp"):
+            if not psutil.pid_exists(int(path.stem.rpartition("-")[2])):
+                path.unlink(missing_ok=True)
+
+    def readable(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows whose volume is here: without those that could not be read, where some were allowed to fail."""
+        return [row for row in rows if self.path(row["volume_name"]).exists()]
+
+
+class UnreadableVolumesError(HSENetInputError):
+    """More volumes could not be read than were allowed to fail."""
+
 
 class _Scans(Dataset):
-    """Rows to preprocessed tensors; a scan that cannot be read stops the run, none is ever replaced."""
+    """Rows to preprocessed tensors, or to the reason why there are none."""
 
     def __init__(self, rows: Sequence[dict], image_processor: HSENetImageProcessor):
         self.rows = rows
@@ -68,12 +86,13 @@ class _Scans(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[int, dict[str, torch.Tensor]]:
+    def __getitem__(self, index: int) -> tuple[int, dict[str, torch.Tensor] | str]:
+        row = self.rows[index]
         try:
-            return index, self.image_processor.process_volume(read_scan(self.rows[index]))
+            return index, self.image_processor.process_volume(read_scan(row))
         except HSENetInputError as error:
             # The reader names no file; the row's number in the split tells the owner of the data which it is.
-            raise type(error)(f"Volume in row {self.rows[index]['row']}: {error}") from None
+            return index, f"row {row['row']} of {row['from_split']}: {type(error).__name__}: {error}"
 
 
 @torch.no_grad()
@@ -84,20 +103,26 @@ def cache_volumes(
     cache_dir: str | Path,
     accelerator: Accelerator,
     num_workers: int = 0,
+    max_failures: int = 0,
 ) -> VolumeCache:
     """
+    Every readable volume is written before it counts how many were not: a rerun has to do only these again.
+
     Args:
         rows: with `volume_name` (unique) and what `read_scan` takes; a name that repeats is done once.
         image_processor ([`HSENetImageProcessor`]): its settings are part of the cache's key.
         slice_encoder ([`HSENetVisionModel`], *optional*): frozen; its weights are part of the cache's key.
         cache_dir: other settings or weights get another folder in it; a scan that changed on disk is done again. All
             processes, on all nodes, have to see the same folder.
+        max_failures: how many volumes may be unreadable; [`VolumeCache.readable`] leaves their rows out.
 
     Raises:
+        UnreadableVolumesError: more volumes than `max_failures` could not be read; each is listed with its reason.
         RuntimeError: this process does not see what the others wrote.
     """
     cache = VolumeCache(Path(cache_dir) / _settings_key(image_processor, slice_encoder))
     cache.folder.mkdir(parents=True, exist_ok=True)
+    cache.remove_orphans()
     # Shared out before anybody looks at the disk: processes that saw different files would leave gaps.
     unique = list({row["volume_name"]: row for row in rows}.values())
     share = unique[accelerator.process_index :: accelerator.num_processes]
@@ -105,19 +130,35 @@ def cache_volumes(
     loader = DataLoader(_Scans(mine, image_processor), batch_size=None, num_workers=num_workers)
     if slice_encoder is not None:
         slice_encoder = slice_encoder.to(accelerator.device).eval()
+    failures = []
     for index, tensors in tqdm(loader, "volumes", disable=not mine or not accelerator.is_main_process):
+        if isinstance(tensors, str):
+            failures.append(tensors)
+            continue
         cached = {"pixel_values": tensors["pixel_values"].half().contiguous()}
         if slice_encoder is not None:
             pictures = tensors["slice_pixel_values"].to(accelerator.device).unsqueeze(2)
             cached["slice_features"] = slice_encoder(pictures).pooler_output.float().cpu().contiguous()
         cache.write(mine[index], cached)
-    accelerator.wait_for_everyone()
-    if missing := sum(not cache.path(row["volume_name"]).exists() for row in unique):
+    failures = gather_object(failures)  # waits for everyone
+    _report(failures, len(unique), max_failures, accelerator)
+    if missing := len(unique) - len(failures) - len(cache.readable(unique)):
         raise RuntimeError(
             f"{missing} of {len(unique)} volumes that other processes preprocessed are not in cache_dir: put it on a "
             "file system that all nodes share."
         )
     return cache
+
+
+def _report(failures: list[str], num_volumes: int, max_failures: int, accelerator: Accelerator) -> None:
+    for failure in failures:
+        accelerator.print(f"Not read: {failure}")
+    if len(failures) > max_failures:
+        first = "".join(f"\n- {failure}" for failure in failures[:10])
+        raise UnreadableVolumesError(
+            f"{len(failures)} of {num_volumes} volumes could not be read, expected at most {max_failures}. Mend these "
+            f"scans, leave them out of the dataset, or raise max_failures; all others are cached.{first}"
+        )
 
 
 def _settings_key(image_processor: HSENetImageProcessor, slice_encoder: HSENetVisionModel | None) -> str:

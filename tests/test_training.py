@@ -247,4 +247,4 @@ def test_rows_come_from_the_folder_that_is_there_now(tmp_path):
         card = "configs:\n- config_name: reports\n  data_files:\n  - {split: train, path: reports/train.parquet}\n"
         (phantoms / "README.md").write_text(f"---\n{card}---\n")
         rows = load_rows(str(phantoms), "reports", "train")
-        assert rows == [{"volume": str(phantoms / "a.nii.gz"), "findings": findings, "row": 0}]
+        assert rows == [{"volume": str(phantoms / "a.nii.gz"), "findings": findings, "row": 0, "from_split": "train"}]

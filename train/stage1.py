@@ -66,7 +66,18 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     eval_rows = one_per_study(load_rows(data.dataset, "reports", data.eval_split, data.max_eval_rows))
     for row in train_rows + eval_rows:
         row["text"] = report_text(row, tuple(data.report_fields))
-    cache = cache_volumes(train_rows + eval_rows, image_processor, None, data.cache_dir, accelerator, data.num_workers)
+    cache = cache_volumes(
+        train_rows + eval_rows,
+        image_processor,
+        None,
+        data.cache_dir,
+        accelerator,
+        data.num_workers,
+        data.max_failures,
+    )
+    if data.cache_only:
+        return accelerator.end_training()
+    train_rows, eval_rows = cache.readable(train_rows), cache.readable(eval_rows)
     collator = ContrastiveCollator(tokenizer, data.max_length)
     rewrite = ReportAugmentation(tuple(data.report_fields), data.drop_sentences, training.seed)
     dataset = VolumeRows(train_rows, cache, max_shift=data.max_shift, seed=training.seed)

@@ -110,8 +110,17 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     for row in train_rows + eval_rows:
         row["text"] = report_text(row, tuple(data.report_fields))
     cache = cache_volumes(
-        train_rows + eval_rows, image_processor, slice_encoder, data.cache_dir, accelerator, data.num_workers
+        train_rows + eval_rows,
+        image_processor,
+        slice_encoder,
+        data.cache_dir,
+        accelerator,
+        data.num_workers,
+        data.max_failures,
     )
+    if data.cache_only:
+        return accelerator.end_training()
+    train_rows, eval_rows = cache.readable(train_rows), cache.readable(eval_rows)
     collator = ContrastiveCollator(tokenizer, data.max_length)
     rewrite = ReportAugmentation(tuple(data.report_fields), data.drop_sentences, training.seed)
     dataset = VolumeRows(train_rows, cache, max_shift=data.max_shift, seed=training.seed)

@@ -131,10 +131,19 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
         if "vqa" in model_arguments.tasks:
             questions = load_rows(data.dataset, "vqa", split, limit, data.question_types)
         cache = cache_volumes(
-            reports + questions, image_processor, stage2.slice_encoder, data.cache_dir, accelerator, data.num_workers
+            reports + questions,
+            image_processor,
+            stage2.slice_encoder,
+            data.cache_dir,
+            accelerator,
+            data.num_workers,
+            data.max_failures,
         )
-        reports = reports if "reports" in model_arguments.tasks else []
+        reports = cache.readable(reports) if "reports" in model_arguments.tasks else []
+        questions = cache.readable(questions)
         rows[split] = generation_rows(reports, questions, tuple(data.report_fields), model_arguments.questions_per_row)
+    if data.cache_only:
+        return accelerator.end_training()
     train_rows, eval_rows = rows[data.train_split], rows[data.eval_split]
     collator = ReportCollator(processor, data.max_length)
     accelerator.print(f"{collator.num_truncated(train_rows)} of {len(train_rows)} rows are longer than max_length.")

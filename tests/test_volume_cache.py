@@ -1,0 +1,92 @@
+"""The cache of preprocessed volumes: killed and run again, and with scans that cannot be read."""
+
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from accelerate import Accelerator
+
+from hsenet.phantom import nifti_bytes, render_study, sample_study
+from hsenet.volume_cache import UnreadableVolumesError, cache_volumes
+
+
+NUM_SCANS = 6
+BUILD = """
+import sys, tiny
+from accelerate import Accelerator
+from hsenet.volume_cache import cache_volumes
+names = sorted(sys.argv[3:])
+rows = [{"volume": v, "volume_name": v, "row": i, "from_split": "train"} for i, v in enumerate(names)]
+processor = tiny.image_processor(image_size=(64, 256, 256), num_slices=0)
+cache_volumes(rows, processor, None, sys.argv[1], Accelerator(cpu=True), num_workers=int(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("scans")
+    for index in range(NUM_SCANS):
+        phantom = render_study(sample_study(1, index), spacing=(5, 5, 8))
+        (folder / f"{index}.nii.gz").write_bytes(nifti_bytes(phantom.array, phantom.affine))
+    return sorted(folder.iterdir())
+
+
+def rows_of(scans: list[Path]) -> list[dict]:
+    return [
+        {"volume": str(scan), "volume_name": scan.name, "row": number, "from_split": "train"}
+        for number, scan in enumerate(scans)
+    ]
+
+
+def build(folder: Path, scans: list[Path], workers: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", BUILD, str(folder), str(workers), *map(str, scans)]
+    return subprocess.Popen(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_build_goes_on_to_the_same_files(scans, tmp_path, workers):
+    assert build(tmp_path / "undisturbed", scans, workers).wait() == 0
+    whole = files(tmp_path / "undisturbed")
+    assert len(whole) == NUM_SCANS
+    moments = random.Random(workers)
+    for number in (1, 3):
+        process = build(tmp_path / "killed", scans, workers)
+        while len(files(tmp_path / "killed")) < number and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(moments.random() * 0.05)
+        process.kill()
+        process.wait()
+        found = {name: content for name, content in files(tmp_path / "killed").items() if name in whole}
+        assert found == {name: whole[name] for name in found}  # what has its final name is whole
+    (folder,) = (tmp_path / "killed").iterdir()
+    assert build(tmp_path / "killed", scans, workers).wait() == 0
+    assert files(tmp_path / "killed") == whole, folder
+
+
+def test_unreadable_scans_are_listed_and_left_out_if_allowed(scans, tmp_path, capsys):
+    broken = tmp_path / "smith_john.nii.gz"
+    broken.write_bytes(scans[0].read_bytes()[:2000])
+    rows = rows_of([scans[0], broken, *scans[1:3]])
+    arguments = (tiny.image_processor(num_slices=0), None, tmp_path / "cache", Accelerator(cpu=True))
+    with pytest.raises(
+        UnreadableVolumesError, match="(?s)1 of 4 .*at most 0.*row 1 of train: CorruptFileError"
+    ) as error:
+        cache_volumes(rows, *arguments)
+    assert "smith" not in str(error.value) + capsys.readouterr().out
+    before = files(tmp_path / "cache")
+    assert len(before) == 3  # the others were not lost
+    cache = cache_volumes(rows, *arguments, max_failures=1)
+    assert "row 1 of train" in capsys.readouterr().out
+    assert [row["row"] for row in cache.readable(rows)] == [0, 2, 3]
+    shutil.copy(scans[3], broken)  # mended
+    assert len(cache_volumes(rows, *arguments).readable(rows)) == 4
+    assert {name: files(tmp_path / "cache")[name] for name in before} == before
