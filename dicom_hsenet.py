@@ -195,9 +195,6 @@ def _read_series(files: list[tuple[str, Callable[..., bytes]]], options: ReadOpt
         )
     pydicom = import_pydicom()
     slices = _chosen_series(_ct_slices(files, options, pydicom), options)
-    for one in slices:
-        if one.problem is not None:
-            raise one.problem
     origins, slices = _sorted_along_normal(slices, options, pydicom)
     rows, columns = slices[0].shape
     if len(slices) * rows * columns * 2 > options.max_bytes:
@@ -246,8 +243,8 @@ def _ct_slices(
     if not slices:
         num_dicom = len(files) - skipped["not DICOM"]
         raise SeriesError(
-            f"Expected the slices of one CT series, got none: {len(files)} files, {num_dicom} of them DICOM, none with "
-            f"CT slices (skipped: {counts}). Pass the folder or the files that hold the slices."
+            f"Expected the slices of one CT series, got none: {len(files)} files, {num_dicom} of them DICOM, none "
+            f"with CT slices (skipped: {counts}). Pass the folder or the files that hold the slices."
         )
     if skipped:
         logger.info("Of %d files, %d were skipped: %s.", len(files), skipped.total(), counts)
@@ -406,6 +403,9 @@ def _chosen_series(slices: list[_Slice], options: ReadOptions) -> list[_Slice]:
     groups = [part for group in groups for part in _phases(group)]
     groups.sort(key=lambda group: (-len(group), str(group[0].group), group[0].phase))
     group = _choose(groups, options.series)
+    for one in group:
+        if one.problem is not None:
+            raise one.problem
     if group[0].derived and not options.allow_derived:
         raise UnsupportedImageError(
             "The series is derived from another (a projection or reformation): pass the original, or "
@@ -419,6 +419,8 @@ def _chosen_series(slices: list[_Slice], options: ReadOptions) -> list[_Slice]:
         )
     if lossy:
         warn("The images were compressed with loss.")
+    if len({one.rescale for one in group}) > 1:
+        warn("The slices differ in RescaleSlope or RescaleIntercept; each is scaled by its own.")
     if len(group) < MIN_SLICES:
         raise UnsupportedImageError(
             f"Expected at least {MIN_SLICES} slices, got {len(group)}: pass the folder with all files of the series."
@@ -459,8 +461,8 @@ def _choose(groups: list[list[_Slice]], series: int | str | None) -> list[_Slice
         return candidates[0]
     listed = ", ".join(f"{number}: {_described(group)}" for number, group in enumerate(groups))
     raise SeriesError(
-        f"Expected one CT series, got {len(groups)} groups of slices that differ in series, kernel, image type, phase, "
-        f"orientation, size or pixel spacing ({listed}), of which {len(candidates)} match series=. Pass a folder with "
+        f"Expected one CT series, got {len(groups)} groups of slices that differ in series, kernel, image type, "
+        f"phase, orientation, size or pixel spacing ({listed}), of which {len(candidates)} match series=. Pass a folder with "
         "the slices of one, or choose with series=NUMBER, the SeriesInstanceUID or 'largest'."
     )
 
@@ -484,8 +486,8 @@ def _sorted_along_normal(
     lengths = np.linalg.norm(orientation.reshape(2, 3), axis=1)
     if np.abs(lengths - 1).max() > MAX_COSINE_ERROR or abs(row @ column) > MAX_COSINE_ERROR:
         raise GeometryError(
-            f"ImageOrientationPatient must hold two perpendicular unit vectors, got lengths {lengths.round(3)} and the "
-            f"scalar product {row @ column:.3f}. Export the series again from its source."
+            f"ImageOrientationPatient must hold two perpendicular unit vectors, got lengths {lengths.round(3)} and "
+            f"the scalar product {row @ column:.3f}. Export the series again from its source."
         )
     normal = np.cross(row, column)
     slices = _without_repetitions(

@@ -10,7 +10,6 @@ import gzip
 import io
 import math
 import os
-import zlib
 from types import ModuleType
 from typing import Any, BinaryIO
 
@@ -54,12 +53,6 @@ except ImportError:  # imported as a plain top-level module, not from the Hub ca
         warn,
     )
 
-try:
-    from isal import igzip
-except ImportError:
-    igzip = None
-
-
 ACCEPTED = "a NIfTI (.nii, .nii.gz) or NRRD file, a folder or zip with the DICOM files of one CT series"
 CHUNK_BYTES = 4 * 1024**2
 GZIP_MAGIC = b"\x1f\x8b"
@@ -90,7 +83,7 @@ class _Stream:
         self.max_bytes = max_bytes
         self._file = file
         if self.zipped:
-            self._file = igzip.IGzipFile(fileobj=file) if igzip else gzip.GzipFile(fileobj=file)
+            self._file = _gunzip(file)
 
     def read(self, count: int) -> bytes:
         return self._file.read(count)
@@ -122,6 +115,15 @@ class _Stream:
                 f"The file is {self.stored_bytes} bytes and would unzip to {total}: no scan shrinks "
                 f"{MAX_RATIO}-fold. Get it again from its source."
             )
+
+
+def _gunzip(file: BinaryIO) -> BinaryIO:
+    try:
+        from isal import igzip
+
+        return igzip.IGzipFile(fileobj=file)
+    except ImportError:
+        return gzip.GzipFile(fileobj=file)
 
 
 def _wrong_size(expected: int, found: str) -> str:
@@ -203,6 +205,11 @@ def _nifti_version(head: bytes, named_nifti: bool) -> int:
 def _check_nifti_header(header: Any, shape: tuple[int, ...], header_bytes: int, offset: int) -> None:
     if not 1 <= int(header["dim"][0]) <= 7 or min(shape) < 1:
         raise CorruptFileError(f"The NIfTI header has an impossible shape: {int(header['dim'][0])} axes, {shape}.")
+    if int(header["bitpix"]) != header.get_data_dtype().itemsize * 8:
+        raise CorruptFileError(
+            f"The NIfTI header contradicts itself: {int(header['bitpix'])} bits a voxel, but a type of "
+            f"{header.get_data_dtype().itemsize * 8}. Convert the scan again from its source."
+        )
     if not header_bytes + 4 <= offset <= MAX_HEADER_BYTES:
         raise CorruptFileError(
             f"The voxels of a NIfTI file of this version start at byte {header_bytes + 4} or later, the header says "

@@ -108,8 +108,8 @@ def read_volume(source: Any, *, affine: Any = None, spacing: Sequence[float] | N
     if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, os.PathLike)) for item in source):
         return read_dicom_files([_regular_file(Path(item)) for item in source], chosen)
     raise UnsupportedImageError(
-        f"Expected {ACCEPTED}, the bytes of such a file, a list of DICOM files, a nibabel image, an array, a tensor or "
-        f"a Volume, got {type(source).__name__}."
+        f"Expected {ACCEPTED}, the bytes of such a file, a list of DICOM files, a nibabel image, an array, a tensor "
+        f"or a Volume, got {type(source).__name__}."
     )
 
 
