@@ -462,8 +462,8 @@ def _choose(groups: list[list[_Slice]], series: int | str | None) -> list[_Slice
     listed = ", ".join(f"{number}: {_described(group)}" for number, group in enumerate(groups))
     raise SeriesError(
         f"Expected one CT series, got {len(groups)} groups of slices that differ in series, kernel, image type, "
-        f"phase, orientation, size or pixel spacing ({listed}), of which {len(candidates)} match series=. Pass a folder with "
-        "the slices of one, or choose with series=NUMBER, the SeriesInstanceUID or 'largest'."
+        f"phase, orientation, size or pixel spacing ({listed}), of which {len(candidates)} match series=. Pass a "
+        "folder with the slices of one, or choose with series=NUMBER, the SeriesInstanceUID or 'largest'."
     )
 
 

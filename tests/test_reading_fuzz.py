@@ -117,7 +117,7 @@ def slice_headers(content: bytes) -> int:
 
 
 def test_headers_of_one_dicom_slice(tmp_path):
-    """DICOM has no checksums: a changed digit is another number. It must clash with the other slices, or be warned of."""
+    """DICOM has no checksums: a changed digit is another number, which must clash with the other slices."""
     write_series(tmp_path, make_scan())
     good = read_volume(tmp_path)
     victim = sorted(tmp_path.iterdir())[4]

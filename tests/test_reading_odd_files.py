@@ -20,7 +20,6 @@ from pydicom.uid import generate_uid
 
 from reading_hsenet import (
     CorruptFileError,
-    GeometryError,
     HSENetInputError,
     HSENetInputWarning,
     SeriesError,
@@ -166,7 +165,7 @@ def test_smallest_chest_ct(tmp_path):
 @pytest.mark.slow
 def test_series_of_lung_tumours_with_their_structure_sets(tmp_path):
     wheel = zipfile.ZipFile(download("pycerr==2.5.1", tmp_path))
-    for patient, size in (("pat_1", None), ("pat_2", None), ("pat_3", None)):
+    for patient in ("pat_1", "pat_2", "pat_3"):
         folder = tmp_path / patient
         folder.mkdir()
         for name in wheel.namelist():
