@@ -254,13 +254,15 @@ def _ct_slices(
 def _slices_of_file(read: Callable[[], bytes], options: ReadOptions, pydicom: ModuleType) -> list[_Slice] | str:
     """The frames of a CT image, or what else the file is."""
     content = read()
-    meta = pydicom.filereader.read_file_meta_info(io.BytesIO(content))
+    file = io.BytesIO(content)
+    file.seek(132)
+    meta = pydicom.filereader.read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
     sop_class, syntax = str(meta.get("MediaStorageSOPClassUID", "")), str(meta.get("TransferSyntaxUID", ""))
     if sop_class.startswith(SECONDARY_CAPTURE):
         return "secondary capture"
     if syntax == DEFLATED:
-        _check_deflated(content, meta, options)
-    file = io.BytesIO(content)
+        _check_deflated(content[file.tell() :], options)
+    file.seek(0)
     header = pydicom.dcmread(file, stop_before_pixels=True)
     modality = header.get("Modality")
     if modality in NON_IMAGES:
@@ -290,13 +292,11 @@ def _slices_of_file(read: Callable[[], bytes], options: ReadOptions, pydicom: Mo
     ]
 
 
-def _check_deflated(content: bytes, meta: Any, options: ReadOptions) -> None:
+def _check_deflated(content: bytes, options: ReadOptions) -> None:
     """pydicom inflates the whole at once, so it must be known before how large it will be."""
-    start = 144 + int(meta.FileMetaInformationGroupLength)  # preamble, magic and the 12 bytes of that length
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     limit = min(options.max_bytes, max(64 * 1024**2, MAX_RATIO * len(content)))
-    rest = content[start:]
-    size = 0
+    rest, size = content, 0
     while rest and not inflate.eof:
         size += len(inflate.decompress(rest, 1024**2))
         rest = inflate.unconsumed_tail
@@ -338,7 +338,7 @@ def _slice(
         position=geometry["ImagePositionPatient"],
         rescale=tuple(float(value) for values in rescale.values() for value in values),
         stored_range=(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1),
-        problem=problem or _problem(get, shape, geometry, rescale),
+        problem=_problem(get, shape, geometry, rescale) or problem,
         derived=image_type[:2] == ("DERIVED", "SECONDARY"),
         lossy_ratio=_lossy_ratio(get),
     )

@@ -158,10 +158,11 @@ def read_nifti(file: BinaryIO, options: ReadOptions, *, named_nifti: bool) -> Vo
         header = {1: nibabel.Nifti1Header, 2: nibabel.Nifti2Header}[version](head, check=False)
         shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), int(header["vox_offset"])
         _check_nifti_header(header, shape, len(head), offset)
+        affine = header.get_best_affine()
         _check_extensions(stream.read(offset - len(head)), header.endianness)
     frame_shape, frame = _one_frame(shape, options)
     check_layout(frame_shape, dtype, "(i, j, k)")
-    affine = _nifti_affine(header, header.get_best_affine(), options)
+    affine = _nifti_affine(header, affine, options)
     with private_errors("The voxels of the NIfTI file"):
         voxels = stream.read_voxels(math.prod(shape) * dtype.itemsize, offset)
         stored = voxels.view(dtype).reshape((*frame_shape, -1), order="F")[..., frame]
@@ -175,13 +176,11 @@ def from_nibabel(image: Any, options: ReadOptions) -> Volume:
         shape, frame = _one_frame(tuple(image.dataobj.shape), options)
         check_layout(shape, image.dataobj.dtype, "(i, j, k)")
         affine = np.array(image.affine, dtype=np.float64)
-        scaling = options.scaling(1.0, 0.0)
-        if hasattr(image.dataobj, "get_unscaled"):
-            stored = image.dataobj.get_unscaled()
-            if hasattr(image.header, "get_slope_inter"):
-                scaling = _nifti_scaling(image.header, options)
+        if hasattr(image.dataobj, "get_unscaled"):  # a file's, whose scaling nibabel keeps there
+            stored, slope, intercept = image.dataobj.get_unscaled(), image.dataobj.slope, image.dataobj.inter
         else:
-            stored = np.asanyarray(image.dataobj)
+            stored, slope, intercept = np.asanyarray(image.dataobj), 1, 0
+        scaling = options.scaling(float(slope), float(intercept))
         array = to_hu(stored.reshape((*shape, -1), order="F")[..., frame], *scaling)
     if hasattr(image, "get_sform"):
         affine = _nifti_affine(image.header, affine, options)

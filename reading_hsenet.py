@@ -160,11 +160,12 @@ def _from_file(file: BinaryIO, options: ReadOptions, *, named_nifti: bool = Fals
         file.seek(0)
     if head[128:] == b"DICM":
         with private_errors("The file"):
-            content = file.read(options.max_bytes + 1)
-        if len(content) > options.max_bytes:
-            raise ResourceLimitError(f"The file is larger than {options.max_bytes} bytes: raise max_bytes=.")
+            if file.seek(0, os.SEEK_END) > options.max_bytes:
+                raise ResourceLimitError(f"The file is larger than {options.max_bytes} bytes: raise max_bytes=.")
+            file.seek(0)
+            content = file.read()
         return read_dicom_bytes(content, options)
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return read_dicom_zip(file, options)
     if head.startswith(b"NRRD000"):
         return read_nrrd(file, options)

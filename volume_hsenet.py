@@ -7,6 +7,7 @@ may identify a patient, so no message repeats them: only measured numbers.
 """
 
 import gzip
+import logging
 import math
 import warnings
 import zlib
@@ -184,10 +185,14 @@ def warn(message: str) -> None:
 
 @contextmanager
 def private_errors(what: str) -> Iterator[None]:
-    """The libraries raise a dozen types of error and warn with paths or header values in the text."""
+    """The libraries raise a dozen types of error, and warn and log with paths or header values in the text."""
+    loggers = [logging.getLogger(name) for name in ("nibabel", "pydicom", "nrrd")]
+    levels = [logger.level for logger in loggers]
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL + 1)
             yield
     except HSENetInputError:
         raise
@@ -205,6 +210,9 @@ def private_errors(what: str) -> Iterator[None]:
         raise CorruptFileError(
             f"{what} is damaged or not valid ({type(error).__name__} while decoding). Copy or convert it again."
         ) from None
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def check_layout(shape: tuple[int, ...], dtype: np.dtype, expected: str) -> None:

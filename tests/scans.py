@@ -65,17 +65,27 @@ def patch_bytes(path: Path, offset: int, form: str, *values) -> Path:
     return path
 
 
-def write_series(folder: Path, array: np.ndarray, *, axes=(0, 1, 2), flips=(), descending=False, **tags) -> Path:
+def write_series(
+    folder: Path,
+    array: np.ndarray,
+    *,
+    axes=(0, 1, 2),
+    flips=(),
+    descending=False,
+    syntax=ExplicitVRLittleEndian,
+    **tags,
+) -> Path:
     """One DICOM file a slice; `axes` of D, H, W become (slice, row, column), those in `flips` run backwards."""
     stored, affine = stored_as(array, axes, tuple(axis in flips for axis in range(3)))
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    endian = "<" if syntax.is_little_endian else ">"
     series = {"StudyInstanceUID": generate_uid(), "SeriesInstanceUID": generate_uid(), **tags}
     shuffled = np.random.default_rng(0).permutation(len(stored)).tolist()
     for index, number in enumerate(reversed(shuffled) if descending else shuffled):
         dataset = Dataset()
         dataset.file_meta = FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.file_meta.TransferSyntaxUID = syntax
         dataset.SOPClassUID = CTImageStorage
         dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
         dataset.PatientName, dataset.PatientID, dataset.Modality = NAME, f"ID {NAME}", "CT"
@@ -89,7 +99,7 @@ def write_series(folder: Path, array: np.ndarray, *, axes=(0, 1, 2), flips=(), d
         dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
         dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 0
         dataset.RescaleSlope, dataset.RescaleIntercept = 1, -1024
-        dataset.PixelData = (stored[index].astype(np.int32) + 1024).astype(np.uint16).tobytes()
+        dataset.PixelData = (stored[index].astype(np.int32) + 1024).astype(endian + "u2").tobytes()
         for keyword, value in series.items():
             value = value(index) if callable(value) else value
             if value is None:

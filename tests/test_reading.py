@@ -79,7 +79,8 @@ def test_world_positions_of_an_oblique_scan_are_kept(folder, scan):
     turn[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     array, affine = as_ras(scan)
     affine = turn @ affine
-    volume = read_volume(write_nifti(folder / "a.nii.gz", array, affine))
+    with pytest.warns(HSENetInputWarning, match="20.0 degrees"):
+        volume = read_volume(write_nifti(folder / "a.nii.gz", array, affine))
     np.testing.assert_array_equal(volume.array, scan)
     for index in product(range(0, 9, 4), range(0, 10, 3), range(0, 12, 5)):
         (found,) = np.argwhere(volume.array == array[index])
@@ -344,7 +345,7 @@ def chest(shape=(24, 24, 24)) -> np.ndarray:
     [
         (lambda hu: hu + 1024, "air"),
         (lambda hu: hu + 8192, "air"),
-        (lambda hu: hu - 1024, "0% or more from"),
+        (lambda hu: hu - 1024, "1% or more from"),
         (lambda hu: hu - 8192, "air"),
         (lambda hu: np.where(hu < 0, hu + 65536, hu), "air"),
         (lambda hu: ((hu + 1000) / 8).clip(0, 255).round(), "air"),
@@ -483,15 +484,13 @@ def test_oblique_scans(folder, scan):
         read_volume(turned(8))
     with pytest.warns(HSENetInputWarning, match="20.0 degrees"):
         np.testing.assert_array_equal(read_volume(turned(20)).array, scan)
-    about = np.array([[0.8047, -0.3106, 0.5059], [0.5059, 0.8047, -0.3106], [-0.3106, 0.5059, 0.8047]])
-    assert np.allclose(about @ about.T, np.eye(3), atol=1e-3)
-    half_way = np.array(
-        [[1, 0, 0], [0, 0.6947, -0.7193], [0, 0.7193, 0.6947]]
-    )  # 46 degrees: the other axes are nearer
+    cosine, sine = np.cos(np.deg2rad(59)), np.sin(np.deg2rad(59))
+    diagonal, above, below = (2 * cosine + 1) / 3, (1 - cosine - 3**0.5 * sine) / 3, (1 - cosine + 3**0.5 * sine) / 3
+    about = np.array([[diagonal, above, below], [below, diagonal, above], [above, below, diagonal]])  # (1, 1, 1)
     array, affine = as_ras(scan)
     affine = affine.copy()
-    affine[:3, :3] = about @ half_way @ np.diag([0.7, 0.75, 2.5])
-    refuses(GeometryError, "45", source=write_nifti(folder / f"{NAME}.nii", array, affine))
+    affine[:3, :3] = about @ np.diag([0.7, 0.75, 2.5])
+    refuses(GeometryError, "47.4 degrees", source=write_nifti(folder / f"{NAME}.nii", array, affine))
 
 
 def test_sheared_scan_is_untilted_on_request(folder):
@@ -508,7 +507,7 @@ def test_sheared_scan_is_untilted_on_request(folder):
     np.testing.assert_allclose(volume.spacing, spacing, rtol=1e-6)
     assert np.abs(volume.affine[:3, :3]).max(axis=0).tolist() == pytest.approx(list(spacing))
     inside = np.argwhere(volume.array > -480) * spacing
-    assert np.ptp(inside, axis=0) == pytest.approx([36, 36, 36], abs=2.5)
+    assert np.ptp(inside, axis=0) == pytest.approx([34, 34, 34], abs=2.5)
     centre = affine @ [20, 30, 30, 1]
     np.testing.assert_allclose(volume.affine @ [*(inside.mean(axis=0) / spacing), 1], centre, atol=0.3)
     affine[1, 0] = -5.0
@@ -565,7 +564,7 @@ def test_nrrd_that_is_refused(folder, scan, little_memory):
     ):
         refuses(error, words, source=write_nrrd(path, array, affine, **header))
     good = write_nrrd(path, array, affine, encoding="raw").read_bytes()
-    for bad in (good[:-1], good + b"x", good[:100], good.replace(b"short", b"shirt"), b"NRRD0005\n\n"):
+    for bad in (good[:-1], good + b"x", good[:100], good.replace(b"int16", b"int61"), b"NRRD0005\n\n"):
         path.write_bytes(bad)
         refuses(CorruptFileError, source=path)
     path.write_bytes(good.replace(b"sizes: 9 10 12", b"sizes: 30000 30000 30000"))
@@ -588,7 +587,7 @@ import sys
 sys.modules["nibabel"] = sys.modules["pydicom"] = None
 import numpy as np
 from reading_hsenet import read_volume
-print(read_volume(np.arange(1000.0).reshape(10, 10, 10), spacing=(1, 1, 1)).array.shape)
+print(read_volume(np.arange(1000.0).reshape(10, 10, 10) - 950, spacing=(1, 1, 1)).array.shape)
 for source in ({str(tmp_path / "a.nii")!r}, {str(tmp_path)!r}):
     try:
         read_volume(source)

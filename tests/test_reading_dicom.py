@@ -90,7 +90,8 @@ def test_rescale_is_taken_from_each_slice(folder, scan):
         dataset.RescaleSlope, dataset.RescaleIntercept = 0.5, -1024 - index
         dataset.PixelData = ((scan[index].astype(np.int32) + 1024 + index) * 2).astype(np.uint16).tobytes()
 
-    assert_canonical(read_volume(edit_series(folder, edit)), scan)
+    with pytest.warns(HSENetInputWarning, match="by its own"):
+        assert_canonical(read_volume(edit_series(folder, edit)), scan)
 
 
 def test_padding_becomes_air(folder, scan):
@@ -118,7 +119,8 @@ def test_two_series_and_two_patients(folder, scan):
     refuses(SeriesError, "2 groups", "0: 12 of 10x9", "1: 9 of 10x9", "series=NUMBER", source=folder)
     assert_canonical(read_volume(folder, series="largest"), scan)
     assert_canonical(read_volume(folder, series=0), scan)
-    np.testing.assert_array_equal(read_volume(folder, series=1).array, scan[:9])
+    with pytest.warns(HSENetInputWarning, match="Hounsfield"):  # the lower slices of the test scan are all air
+        np.testing.assert_array_equal(read_volume(folder, series=1, hu_check="warn").array, scan[:9])
     for number in (-1, 2, "1.2.3"):
         refuses(SeriesError, "0 match", source=folder, series=number)
     write_series(folder, scan, PatientID="another")
@@ -215,37 +217,20 @@ def test_list_of_files_zip_and_bytes(folder, scan):
     refuses(MissingFileError, "no file", source=[*files, folder / "missing.dcm"])
 
 
-@pytest.mark.parametrize(
-    "syntax", [RLELossless, DeflatedExplicitVRLittleEndian, JPEG2000Lossless, ImplicitVRLittleEndian]
-)
-def test_transfer_syntaxes(folder, scan, syntax):
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless])
+def test_compressed(folder, syntax):
     if syntax == JPEG2000Lossless:
         pytest.importorskip("openjpeg")
-    write_series(folder, scan)
-
-    def edit(index, dataset):
-        if syntax.is_encapsulated:
-            dataset.compress(syntax)
-        else:
-            dataset.file_meta.TransferSyntaxUID = syntax
-            dataset.PixelData = dataset.PixelData
-
-    assert_canonical(read_volume(edit_series(folder, edit)), scan)
+    scan = np.random.default_rng(0).integers(-1000, 1000, (12, 64, 64))
+    plain = read_volume(write_series(folder, scan))
+    compressed = read_volume(edit_series(folder, lambda index, dataset: dataset.compress(syntax)))
+    np.testing.assert_array_equal(compressed.array, plain.array)
+    np.testing.assert_array_equal(compressed.affine, plain.affine)
 
 
-def test_big_endian(folder, scan):
-    write_series(folder, scan)
-
-    def edit(index, dataset):
-        stored = np.frombuffer(dataset.PixelData, "<u2").astype(">u2")
-        dataset["PixelData"].VR, dataset.PixelData = "OW", stored.tobytes()
-        dataset.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
-
-    for path in sorted(folder.iterdir()):
-        dataset = pydicom.dcmread(path)
-        edit(0, dataset)
-        dataset.save_as(path, little_endian=False, implicit_vr=False)
-    assert_canonical(read_volume(folder), scan)
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian])
+def test_uncompressed_transfer_syntaxes(folder, scan, syntax):
+    assert_canonical(read_volume(write_series(folder, scan, syntax=syntax)), scan)
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -346,14 +331,14 @@ def test_tilted_gantry_is_untilted_on_request(folder):
     d, h, w = np.meshgrid(np.arange(40) - 20.0, np.arange(60) - 30.0, np.arange(60) - 30.0, indexing="ij")
     tilt = np.tan(np.deg2rad(15))
     ball = np.sqrt((d * 2) ** 2 + (h + tilt * d * 2) ** 2 + w**2) < 18
-    array = np.where(ball, 40, -1000) + np.random.default_rng(0).integers(-40, 40, ball.shape)
+    array = np.where(ball, 40, -980) + np.random.default_rng(0).integers(-40, 40, ball.shape)
     series = {"PixelSpacing": [1.0, 1.0], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
     write_series(folder, array, ImagePositionPatient=lambda i: [0.0, 2 * tilt * i, 2.0 * i], **series)
     refuses(GeometryError, "15.0 degrees", "resample=True", source=folder)
     with pytest.warns(HSENetInputWarning, match="15.0 degrees"):
         volume = read_volume(folder, resample=True)
     inside = np.argwhere(volume.array > -480) * volume.spacing
-    assert np.ptp(inside, axis=0) == pytest.approx([36, 36, 36], abs=2.5)
+    assert np.ptp(inside, axis=0) == pytest.approx([34, 34, 34], abs=2.5)
 
 
 def test_a_damaged_compressed_slice_shows(folder):
@@ -369,9 +354,9 @@ def test_a_damaged_compressed_slice_shows(folder):
         read_volume(write_series(folder, damaged))
 
 
-def test_compressed_slice_of_another_size(folder, scan):
+def test_compressed_slice_of_another_size(folder):
     pytest.importorskip("openjpeg")
-    write_series(folder, scan)
+    write_series(folder, np.random.default_rng(0).integers(-1000, 1000, (8, 64, 64)))
 
     def edit(index, dataset):
         dataset.compress(JPEG2000Lossless)
@@ -406,14 +391,8 @@ def test_archives_that_are_refused(folder, scan):
 
 
 def test_deflated_bomb(folder, scan):
-    write_series(folder, scan, **{"PixelData": bytes(2**27)})
-
-    def edit(index, dataset):
-        dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-
-    for path in sorted(folder.iterdir())[1:]:
-        path.unlink()
-    refuses(ResourceLimitError, "inflates", source=edit_series(folder, edit))
+    write_series(folder, scan[:1], syntax=DeflatedExplicitVRLittleEndian, PixelData=bytes(2**27))
+    refuses(ResourceLimitError, "inflates", source=folder)
 
 
 def test_links_out_of_the_folder(folder, scan):
@@ -439,9 +418,10 @@ def test_nested_sequences(folder, scan):
 
 
 def test_nothing_about_the_patient_is_logged(folder, scan, caplog, capfd):
-    caplog.set_level("DEBUG")
     write_series(folder, scan, SeriesDescription=NAME, SpecificCharacterSet=NAME, StudyDate=NAME)
     write_series(folder, scan[:1], **RTSTRUCT)
+    caplog.clear()
+    caplog.set_level("DEBUG")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert_canonical(read_volume(folder), scan)

@@ -45,7 +45,7 @@ def dicom(name: str) -> Path:
         ("reportsi.dcm", SeriesError, "not an image (SR)"),
         ("test-SR.dcm", SeriesError, "not an image (SR)"),
         ("rtplan.dcm", SeriesError, "RTPLAN"),
-        ("rtstruct.dcm", SeriesError, "0 of them DICOM"),
+        ("rtstruct.dcm", CorruptFileError, "not DICOM"),  # no preamble
         ("rtdose.dcm", SeriesError, "RTDOSE"),
         ("waveform_ecg.dcm", SeriesError, "ECG"),
         ("SC_rgb_jpeg.dcm", SeriesError, "secondary capture"),
@@ -55,7 +55,7 @@ def dicom(name: str) -> Path:
         ("MR_truncated.dcm", UnsupportedImageError, "Modality"),
         ("emri_small.dcm", UnsupportedImageError, "Modality"),
         ("CT_small.dcm", UnsupportedImageError, "at least 8 slices, got 1"),
-        ("eCT_Supplemental.dcm", UnsupportedImageError, "at least 8 slices"),
+        ("eCT_Supplemental.dcm", UnsupportedImageError, "RescaleType"),
         ("examples_palette.dcm", UnsupportedImageError, "Modality"),
         ("color3d_jpeg_baseline.dcm", UnsupportedImageError, "Modality"),
     ],
