@@ -273,9 +273,8 @@ def _nifti_affine(header: Any, affine: np.ndarray, options: ReadOptions) -> np.n
                 "unknown: convert the scan again from its source, or pass assume_orientation= if you know it."
             )
         affine = _affine_from_codes(options.assume_orientation, spacing)
-    affine = affine.copy()
-    affine[:3] *= to_mm
-    affine = checked_affine(affine)
+    with np.errstate(over="ignore"):  # what overflows is refused as not finite
+        affine = checked_affine(affine * np.array([[to_mm], [to_mm], [to_mm], [1.0]]))
     if sform_code > 0 and qform_code > 0:
         difference = np.abs(cosines(sform) - cosines(qform)).max()
         lengths = [np.linalg.norm(form[:3, :3], axis=0) for form in (sform, qform)]

@@ -81,7 +81,13 @@ class HSENetImageProcessor(BaseImageProcessor):
         return self.preprocess(images, **kwargs)
 
     def preprocess(
-        self, images: Any, affine: Any = None, spacing: Any = None, return_tensors: str | None = None, **kwargs
+        self,
+        images: Any,
+        affine: Any = None,
+        spacing: Any = None,
+        reading: dict[str, Any] | None = None,
+        return_tensors: str | None = None,
+        **kwargs,
     ) -> BatchFeature:
         """
         Args:
@@ -92,6 +98,7 @@ class HSENetImageProcessor(BaseImageProcessor):
                 Voxel index to RAS+ millimetres, for arrays in the order of the affine's columns.
             spacing (three numbers or list of them, *optional*):
                 Millimetres along depth, height, width, for arrays that already have the canonical orientation.
+            reading (`dict`, *optional*): Options of the reader for all scans, such as `{"series": "largest"}`.
             return_tensors (`str`, *optional*): `"pt"` or `"np"`.
 
         Returns:
@@ -102,7 +109,7 @@ class HSENetImageProcessor(BaseImageProcessor):
         affines = _per_scan("affine", affine, len(scans), rank=2)
         spacings = _per_scan("spacing", spacing, len(scans), rank=1)
         volumes = [
-            self.process_volume(read_volume(scan, affine=scan_affine, spacing=scan_spacing))
+            self.process_volume(read_volume(scan, affine=scan_affine, spacing=scan_spacing, **(reading or {})))
             for scan, scan_affine, scan_spacing in zip(scans, affines, spacings, strict=True)
         ]
         data = {name: torch.stack([volume[name] for volume in volumes]) for name in volumes[0]}
@@ -351,7 +358,9 @@ def _split_kwargs(kwargs: dict) -> tuple[dict, dict]:
     images_kwargs = kwargs.pop("images_kwargs", {})
     text_kwargs = {**common, **kwargs.pop("text_kwargs", {}), **kwargs}
     text_kwargs.pop("return_tensors", None)
-    return text_kwargs, {name: value for name, value in images_kwargs.items() if name in ("affine", "spacing")}
+    return text_kwargs, {
+        name: value for name, value in images_kwargs.items() if name in ("affine", "spacing", "reading")
+    }
 
 
 def _volumes_as_images(conversation: list[dict]) -> list[dict]:
