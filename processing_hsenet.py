@@ -138,18 +138,20 @@ class HSENetImageProcessor(BaseImageProcessor):
         return [(start + (size - extent) / 2, extent) for (start, size), extent in zip(box, extents, strict=True)]
 
     def _pixel_values(self, array: torch.Tensor, field_of_view: list[tuple[float, float]]) -> torch.Tensor:
-        resampled = _apply_window(array, self.hu_window)
-        for axis, ((start, extent), samples) in enumerate(zip(field_of_view, self.image_size, strict=True)):
-            resampled = _resample(resampled, axis, _resampling_weights(array.shape[axis], start, extent, samples))
+        weights = [
+            _resampling_weights(length, start, extent, samples)
+            for length, (start, extent), samples in zip(array.shape, field_of_view, self.image_size, strict=True)
+        ]
+        resampled = _resample_windowed(array, self.hu_window, weights)
         return (resampled.unsqueeze(0) - self.volume_mean) / self.volume_std
 
     def _slice_pixel_values(self, array: torch.Tensor, field_of_view: list[tuple[float, float]]) -> torch.Tensor:
         (start, extent), *in_plane = field_of_view
         select = _plane_weights if self.slice_selection == "uniform" else _slab_weights
-        slices = _apply_window(array, self.slice_hu_window)
-        slices = _resample(slices, 0, select(array.shape[0], start, extent, self.num_slices))
-        for axis, ((start, extent), samples) in enumerate(zip(in_plane, self.slice_size, strict=True), start=1):
-            slices = _resample(slices, axis, _resampling_weights(array.shape[axis], start, extent, samples))
+        weights = [select(array.shape[0], start, extent, self.num_slices)]
+        for length, (start, extent), samples in zip(array.shape[1:], in_plane, self.slice_size, strict=True):
+            weights.append(_resampling_weights(length, start, extent, samples))
+        slices = _resample_windowed(array, self.slice_hu_window, weights)
         mean, std = torch.tensor(self.image_mean).view(-1, 1, 1), torch.tensor(self.image_std).view(-1, 1, 1)
         return (slices.unsqueeze(1) - mean) / std  # (num_slices, channels, height, width)
 
@@ -406,15 +408,21 @@ BODY_THRESHOLD_HU = -500
 
 
 def _body_box(array: torch.Tensor) -> list[tuple[float, float]]:
-    body = array > BODY_THRESHOLD_HU
-    if not body.any():
+    projection = array.amax(dim=0) > BODY_THRESHOLD_HU
+    if not projection.any():
         raise UnsupportedImageError(
             f"No voxel of the volume lies above {BODY_THRESHOLD_HU} HU, so there is no body in it. Expected a CT in "
             f"HU, got values from {array.min():.0f} to {array.max():.0f}."
         )
-    planes = [body.any(dim=2).any(dim=1), body.any(dim=2).any(dim=0), body.any(dim=1).any(dim=0)]
-    ends = [plane.nonzero()[[0, -1], 0].tolist() for plane in planes]
-    return [(float(first), float(last + 1 - first)) for first, last in ends]
+    box = []
+    for plane in (projection.any(dim=1), projection.any(dim=0)):
+        first, last = plane.nonzero()[[0, -1], 0].tolist()
+        box.append((float(first), float(last + 1 - first)))
+    # Most scans begin and end within the body, so the search from both ends is short.
+    planes = range(len(array))
+    first = next(index for index in planes if (array[index] > BODY_THRESHOLD_HU).any())
+    last = next(index for index in reversed(planes) if (array[index] > BODY_THRESHOLD_HU).any())
+    return [(float(first), float(last + 1 - first)), *box]
 
 
 def _apply_window(array: torch.Tensor, window: tuple[float, float]) -> torch.Tensor:
@@ -451,6 +459,30 @@ def _slab_weights(length: int, start: float, extent: float, samples: int) -> tor
     planes = torch.arange(length, dtype=torch.float64)
     shared = torch.minimum(planes + 1, lower + step) - torch.maximum(planes, lower)
     return (shared.clamp(min=0) / step).float()
+
+
+SLAB_ROWS = 16  # of all planes: small enough for the processor's cache
+
+
+def _resample_windowed(array: torch.Tensor, window: tuple[float, float], weights: list[torch.Tensor]) -> torch.Tensor:
+    """The scan (D, H, W) with its window applied, resampled along every axis; it is never whole in float32."""
+    kept = []
+    for axis, axis_weights in enumerate(weights):
+        used = axis_weights.any(dim=0).nonzero()[:, 0]
+        array = _select(array, axis, used)
+        kept.append(axis_weights[:, used])
+    slabs = [_resample(_apply_window(slab, window), 0, kept[0]) for slab in array.split(SLAB_ROWS, dim=1)]
+    resampled = torch.cat(slabs, dim=1)
+    for axis in (1, 2):
+        resampled = _resample(resampled, axis, kept[axis])
+    return resampled
+
+
+def _select(array: torch.Tensor, axis: int, used: torch.Tensor) -> torch.Tensor:
+    first, last = used[[0, -1]].tolist() if len(used) else (0, -1)
+    if len(used) == last + 1 - first:
+        return array.narrow(axis, first, len(used))
+    return array.index_select(axis, used)
 
 
 def _resample(array: torch.Tensor, axis: int, weights: torch.Tensor) -> torch.Tensor:
