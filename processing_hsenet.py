@@ -154,7 +154,13 @@ class HSENetImageProcessor(BaseImageProcessor):
         return self.preprocess(images, **kwargs)
 
     def preprocess(
-        self, images: Any, affine: Any = None, spacing: Any = None, return_tensors: str | None = None, **kwargs
+        self,
+        images: Any,
+        affine: Any = None,
+        spacing: Any = None,
+        reading: dict[str, Any] | None = None,
+        return_tensors: str | None = None,
+        **kwargs,
     ) -> BatchFeature:
         """
         Args:
@@ -165,6 +171,7 @@ class HSENetImageProcessor(BaseImageProcessor):
                 Voxel index to RAS+ millimetres, for arrays in the order of the affine's columns.
             spacing (three numbers or list of them, *optional*):
                 Millimetres along depth, height, width, for arrays that already have the canonical orientation.
+            reading (`dict`, *optional*): Options of the reader for all scans, such as `{"series": "largest"}`.
             return_tensors (`str`, *optional*): `"pt"` or `"np"`.
 
         Returns:
@@ -175,7 +182,7 @@ class HSENetImageProcessor(BaseImageProcessor):
         affines = _per_scan("affine", affine, len(scans), rank=2)
         spacings = _per_scan("spacing", spacing, len(scans), rank=1)
         volumes = [
-            self.process_volume(read_volume(scan, affine=scan_affine, spacing=scan_spacing))
+            self.process_volume(read_volume(scan, affine=scan_affine, spacing=scan_spacing, **(reading or {})))
             for scan, scan_affine, scan_spacing in zip(scans, affines, spacings, strict=True)
         ]
         data = {name: torch.stack([volume[name] for volume in volumes]) for name in volumes[0]}
@@ -184,7 +191,7 @@ class HSENetImageProcessor(BaseImageProcessor):
     def process_volume(self, volume: Volume) -> dict[str, torch.Tensor]:
         """One scan's `pixel_values` `(1, D, H, W)` and, if `num_slices`, `slice_pixel_values` `(S, C, h, w)`."""
         scan, spacing = self._oriented(volume)
-        normalized = self._normalized(scan, spacing)
+        normalized = scan if self._windows_by_slabs else self._normalized(scan, spacing)
         field_of_view = self._field_of_view(scan, spacing, normalized)
         pixel_values = self._fit_volume(normalized, field_of_view).unsqueeze(0)
         tensors = {"pixel_values": (pixel_values - self.volume_mean) / self.volume_std}
@@ -224,6 +231,16 @@ class HSENetImageProcessor(BaseImageProcessor):
             )
         return _trilinear(values.double(), sizes)
 
+    @property
+    def _windows_by_slabs(self) -> bool:
+        """Whether the window is applied while resampling, so that the scan is never whole in float32."""
+        settings = (self.volume_normalization, self.volume_fit, self.resample_spacing)
+        return settings == ("window", "field_of_view", None)
+
+    @property
+    def _slices_window_by_slabs(self) -> bool:
+        return (self.slice_normalization, self.slice_fit, self.resample_spacing) == ("window", "field_of_view", None)
+
     def _normalized(self, scan: torch.Tensor, spacing: tuple[float, float, float]) -> torch.Tensor:
         """The volume in [0, 1], (D, H, W), on the grid of `resample_spacing`."""
         if self.volume_normalization == "window":
@@ -246,14 +263,15 @@ class HSENetImageProcessor(BaseImageProcessor):
         scales = [new / old for new, old in zip(normalized.shape, scan.shape, strict=True)]
         return [(start * scale, extent * scale) for (start, extent), scale in zip(box, scales, strict=True)]
 
-    def _fit_volume(self, normalized: torch.Tensor, field_of_view: list[tuple[float, float]]) -> torch.Tensor:
+    def _fit_volume(self, values: torch.Tensor, field_of_view: list[tuple[float, float]]) -> torch.Tensor:
         if self.volume_fit == "nonzero_box":
             box = tuple(slice(int(start), int(start + extent)) for start, extent in field_of_view)
-            return _trilinear(normalized[box], self.image_size)
-        for axis, ((start, extent), samples) in enumerate(zip(field_of_view, self.image_size, strict=True)):
-            weights = _resampling_weights(normalized.shape[axis], start, extent, samples)
-            normalized = _resample(normalized, axis, weights)
-        return normalized
+            return _trilinear(values[box], self.image_size)
+        weights = [
+            _resampling_weights(length, start, extent, samples)
+            for length, (start, extent), samples in zip(values.shape, field_of_view, self.image_size, strict=True)
+        ]
+        return _resample_windowed(values, self.hu_window if self._windows_by_slabs else None, weights)
 
     def _slice_pixel_values(
         self, scan: torch.Tensor, spacing: tuple[float, float, float], field_of_view: list[tuple[float, float]]
@@ -272,7 +290,9 @@ class HSENetImageProcessor(BaseImageProcessor):
         return (slices.float().unsqueeze(1) - mean) / std  # (num_slices, channels, height, width)
 
     def _planes(self, scan: torch.Tensor, spacing: tuple[float, float, float]) -> torch.Tensor:
-        """All planes, on the grid of `resample_spacing`; in [0, 1] unless each slice is to be normalised alone."""
+        """All planes, on the grid of `resample_spacing`; in [0, 1] unless that is done later."""
+        if self._slices_window_by_slabs:
+            return scan
         if self.slice_normalization == "window":
             return self._resampled(_apply_window(scan, self.slice_hu_window), spacing)
         if self.slice_hu_window is not None:
@@ -290,11 +310,11 @@ class HSENetImageProcessor(BaseImageProcessor):
     def _stretched_slices(self, planes: torch.Tensor, field_of_view: list[tuple[float, float]]) -> torch.Tensor:
         (start, extent), *in_plane = field_of_view
         select = _plane_weights if self.slice_selection == "uniform" else _slab_weights
-        slices = _resample(planes, 0, select(planes.shape[0], start, extent, self.num_slices))
+        weights = [select(planes.shape[0], start, extent, self.num_slices)]
         size = self.slice_size[::-1] if self.slice_rotation % 180 else self.slice_size
-        for axis, ((start, extent), samples) in enumerate(zip(in_plane, size, strict=True), start=1):
-            slices = _resample(slices, axis, _resampling_weights(planes.shape[axis], start, extent, samples))
-        return slices
+        for length, (start, extent), samples in zip(planes.shape[1:], in_plane, size, strict=True):
+            weights.append(_resampling_weights(length, start, extent, samples))
+        return _resample_windowed(planes, self.slice_hu_window if self._slices_window_by_slabs else None, weights)
 
     def _picture(self, plane: torch.Tensor) -> torch.Tensor:
         """A slice in [0, 1] through JPEG, if the settings say so, and from a whole plane to `slice_size`."""
@@ -554,7 +574,9 @@ def _split_kwargs(kwargs: dict) -> tuple[dict, dict]:
     images_kwargs = kwargs.pop("images_kwargs", {})
     text_kwargs = {**common, **kwargs.pop("text_kwargs", {}), **kwargs}
     text_kwargs.pop("return_tensors", None)
-    return text_kwargs, {name: value for name, value in images_kwargs.items() if name in ("affine", "spacing")}
+    return text_kwargs, {
+        name: value for name, value in images_kwargs.items() if name in ("affine", "spacing", "reading")
+    }
 
 
 def _dialogue(question: str, answer: str | None = None) -> list[dict]:
@@ -675,13 +697,21 @@ BODY_THRESHOLD_HU = -500
 
 
 def _body_box(array: torch.Tensor) -> list[tuple[float, float]]:
-    body = array > BODY_THRESHOLD_HU
-    if not body.any():
+    projection = array.amax(dim=0) > BODY_THRESHOLD_HU
+    if not projection.any():
         raise UnsupportedImageError(
             f"No voxel of the volume lies above {BODY_THRESHOLD_HU} HU, so there is no body in it. Expected a CT in "
             f"HU, got values from {array.min():.0f} to {array.max():.0f}."
         )
-    return _bounding_box(body)
+    box = []
+    for plane in (projection.any(dim=1), projection.any(dim=0)):
+        first, last = plane.nonzero()[[0, -1], 0].tolist()
+        box.append((float(first), float(last + 1 - first)))
+    # Most scans begin and end within the body, so the search from both ends is short.
+    planes = range(len(array))
+    first = next(index for index in planes if (array[index] > BODY_THRESHOLD_HU).any())
+    last = next(index for index in reversed(planes) if (array[index] > BODY_THRESHOLD_HU).any())
+    return [(float(first), float(last + 1 - first)), *box]
 
 
 def _apply_window(array: torch.Tensor, window: tuple[float, float]) -> torch.Tensor:
@@ -757,6 +787,35 @@ def _slab_weights(length: int, start: float, extent: float, samples: int) -> tor
     planes = torch.arange(length, dtype=torch.float64)
     shared = torch.minimum(planes + 1, lower + step) - torch.maximum(planes, lower)
     return (shared.clamp(min=0) / step).float()
+
+
+SLAB_ROWS = 16  # of all planes: small enough for the processor's cache
+
+
+def _resample_windowed(
+    array: torch.Tensor, window: tuple[float, float] | None, weights: list[torch.Tensor]
+) -> torch.Tensor:
+    """The scan (D, H, W) with its window, if any, applied, resampled along every axis; never whole in float32."""
+    kept = []
+    for axis, axis_weights in enumerate(weights):
+        used = axis_weights.any(dim=0).nonzero()[:, 0]
+        array = _select(array, axis, used)
+        kept.append(axis_weights[:, used])
+    slabs = array.split(SLAB_ROWS, dim=1)
+    if window is not None:
+        slabs = (_apply_window(slab, window) for slab in slabs)
+    slabs = [_resample(slab, 0, kept[0]) for slab in slabs]
+    resampled = torch.cat(slabs, dim=1)
+    for axis in (1, 2):
+        resampled = _resample(resampled, axis, kept[axis])
+    return resampled
+
+
+def _select(array: torch.Tensor, axis: int, used: torch.Tensor) -> torch.Tensor:
+    first, last = used[[0, -1]].tolist() if len(used) else (0, -1)
+    if len(used) == last + 1 - first:
+        return array.narrow(axis, first, len(used))
+    return array.index_select(axis, used)
 
 
 def _resample(array: torch.Tensor, axis: int, weights: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,8 @@ from hsenet import HSENetCLIPModel, HSENetForConditionalGeneration, HSENetProces
 
 
 ROOT = Path(__file__).parent.parent
-HUB_FILES = ["configuration_hsenet.py", "modeling_hsenet.py", "processing_hsenet.py", "reading_hsenet.py"]
+READING_FILES = ["reading_hsenet.py", "dicom_hsenet.py", "nifti_hsenet.py", "volume_hsenet.py"]
+HUB_FILES = ["configuration_hsenet.py", "modeling_hsenet.py", "processing_hsenet.py", *READING_FILES]
 QUESTION = "a nodule?"
 NEW_TOKENS = 6
 

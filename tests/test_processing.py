@@ -14,6 +14,7 @@ from hsenet import HSENetImageProcessor, HSENetProcessor, Volume, read_volume
 
 
 SPACING = (3.0, 1.0, 1.0)
+ANY_VALUES = {"hu_check": "warn"}  # for patterns that are no CT
 TOKENS = 32  # of a volume
 PHI_TEMPLATE = (
     "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>{% endfor %}"
@@ -21,10 +22,13 @@ PHI_TEMPLATE = (
 )
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:The values don't look like Hounsfield units")
+
+
 def pixels(array: np.ndarray, stored_spacing: tuple = SPACING, **settings) -> torch.Tensor:
     """`pixel_values` of one array, without batch and channel."""
     processor = tiny.image_processor(num_slices=0, **settings)
-    return processor(array, spacing=stored_spacing, return_tensors="pt")["pixel_values"][0, 0]
+    return processor(array, spacing=stored_spacing, reading=ANY_VALUES, return_tensors="pt")["pixel_values"][0, 0]
 
 
 def text_processor(**tokenizer_settings) -> HSENetProcessor:
@@ -62,7 +66,7 @@ def test_windows_map_hu_to_grey():
     processor = tiny.image_processor(
         crop_to_body=False, slice_size=tiny.IMAGE_SIZE[1:], image_mean=(0.5,), image_std=(0.5,)
     )
-    slices = processor(array, spacing=SPACING, return_tensors="pt")["slice_pixel_values"]
+    slices = processor(array, spacing=SPACING, reading=ANY_VALUES, return_tensors="pt")["slice_pixel_values"]
     assert slices.shape == (1, tiny.NUM_SLICES, 1, *tiny.IMAGE_SIZE[1:])
     torch.testing.assert_close(slices[0, 0, 0, 5, : len(levels)], torch.tensor([-1.0, -1, -0.4, 0.2, 0.6, 1]))
 
@@ -120,14 +124,20 @@ def test_stored_orientation_does_not_matter(tmp_path):
             for size, scale, sign in zip((20, 22, 10), (1, 1, 2), signs, strict=True)
         ]
         flipped = array[tuple(slice(None, None, sign) for sign in signs)]
-        outputs = processor(flipped, affine=affine, return_tensors="pt")
+        outputs = processor(flipped, affine=affine, reading=ANY_VALUES, return_tensors="pt")
         expected = expected or outputs
         for name, tensor in outputs.items():
             assert torch.equal(tensor, expected[name])
     nibabel.save(nibabel.Nifti1Image(flipped, affine), tmp_path / "scan.nii")
-    for source in (tmp_path / "scan.nii", nibabel.load(tmp_path / "scan.nii"), read_volume(tmp_path / "scan.nii")):
-        torch.testing.assert_close(processor(source, return_tensors="pt")["pixel_values"], expected["pixel_values"])
-    mirrored = processor(array[::-1], affine=np.diag([1.0, 1.0, 2.0, 1.0]), return_tensors="pt")
+    for source in (
+        tmp_path / "scan.nii",
+        nibabel.load(tmp_path / "scan.nii"),
+        read_volume(tmp_path / "scan.nii", **ANY_VALUES),
+    ):
+        torch.testing.assert_close(
+            processor(source, reading=ANY_VALUES, return_tensors="pt")["pixel_values"], expected["pixel_values"]
+        )
+    mirrored = processor(array[::-1], affine=np.diag([1.0, 1.0, 2.0, 1.0]), reading=ANY_VALUES, return_tensors="pt")
     assert (mirrored["pixel_values"] - expected["pixel_values"]).abs().max() > 0.5
 
 
@@ -160,7 +170,9 @@ def ramp(depth: int = 16) -> np.ndarray:
 @pytest.mark.parametrize("crop", [True, False])
 def test_slice_selection(selection, planes, crop):
     settings = {"slice_selection": selection, "image_mean": (0.0,), "image_std": (1.0,), "crop_to_body": crop}
-    slices = tiny.image_processor(**settings)(ramp(), spacing=SPACING, return_tensors="pt")["slice_pixel_values"]
+    slices = tiny.image_processor(**settings)(ramp(), spacing=SPACING, reading=ANY_VALUES, return_tensors="pt")[
+        "slice_pixel_values"
+    ]
     values = slices[0, :, 0, 4, 4] * 2000 - 1000  # the slices' window
     torch.testing.assert_close(values, 10 * torch.tensor(planes, dtype=torch.float32), atol=0.01, rtol=0)
 
@@ -170,7 +182,9 @@ def test_slabs_cut_planes_in_parts():
     array = ramp(10)
     array[:, :, :] = np.arange(10, dtype=np.float32)[:, None, None] * 10
     settings = {"slice_selection": "slab_mean", "image_mean": (0.0,), "image_std": (1.0,)}
-    slices = tiny.image_processor(**settings)(array, spacing=SPACING, return_tensors="pt")["slice_pixel_values"]
+    slices = tiny.image_processor(**settings)(array, spacing=SPACING, reading=ANY_VALUES, return_tensors="pt")[
+        "slice_pixel_values"
+    ]
     expected = [(0 + 10 + 5 * 2) / 2.5, (5 * 2 + 0 + 30 + 40) / 2.5, (50 + 60 + 5 * 7) / 2.5, (5 * 7 + 80 + 90) / 2.5]
     values = slices[0, :, 0, 4, 4] * 2000 - 1000
     torch.testing.assert_close(values, torch.tensor(expected), atol=0.01, rtol=0)
@@ -398,7 +412,7 @@ def test_placeholder_must_be_one_token():
         (lambda folder: np.zeros((64, 64)), "3D volume"),
         (lambda folder: tiny.scan()[:4], "slices"),
         (lambda folder: np.zeros((2, 10, 40, 36)), "3D volume"),
-        (lambda folder: tiny.scan() * 0 - 1000 + np.indices((10, 40, 36))[0], "no body"),
+        (lambda folder: tiny.scan() * 0 - 1000 + np.indices((10, 40, 36))[0], "Hounsfield"),
         (lambda folder: [], "empty list"),
         (lambda folder: "missing", "no file or folder"),
         (lambda folder: "text.nii.gz", "NIfTI"),

@@ -27,7 +27,7 @@ def test_ruff(command):
 
 
 def test_functions_are_short():
-    assert len(HUB_FILES) == 4 and len(SHIPPED) > 10
+    assert len(HUB_FILES) == 7 and len(SHIPPED) > 10
     too_long = []
     for path in (*HUB_FILES, *SHIPPED):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -59,7 +59,7 @@ def top_level_imports(path: Path) -> set[str]:
 def test_hub_files_need_no_other_packages(path):
     imported = top_level_imports(path)
     assert imported <= ALLOWED_IMPORTS, f"{path.name} imports {sorted(imported - ALLOWED_IMPORTS)}"
-    if path.name == "reading_hsenet.py":
+    if path.name in ("reading_hsenet.py", "nifti_hsenet.py", "dicom_hsenet.py", "volume_hsenet.py"):
         assert imported == {"numpy"}
     if path.name == "modeling_hsenet.py":
         assert imported == {"torch", "transformers"}
