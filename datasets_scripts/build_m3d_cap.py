@@ -144,7 +144,11 @@ def read_pictures(
     """Numbered pictures of axial slices to HU and a geometry, both as assumed."""
     names = corpus.listing(row["file"])
     numbered = sorted((int(match[1]), name) for name in names if (match := PICTURE.fullmatch(name.rpartition("/")[2])))
-    slices = [np.asarray(Image.open(io.BytesIO(corpus.read(name))).convert("L")) for _, name in numbered]
+    files = [corpus.read(name) for _, name in numbered]
+    try:
+        slices = [np.asarray(Image.open(io.BytesIO(content)).convert("L")) for content in files]
+    except OSError as error:
+        raise HSENetInputError("A picture of the series is damaged: expected whole PNG or JPEG files.") from error
     shapes = {picture.shape for picture in slices}
     if len(shapes) != 1:
         raise HSENetInputError(f"The pictures of a series have {len(shapes)} sizes: expected one.")

@@ -280,7 +280,8 @@ def test_archives_are_read_member_by_member(built, tmp_path):
     ]
     assert hashes[0] == hashes[1] and len(hashes[0]) == 10
     corpora.m3d_cap(tmp_path / "pictures", zipped=True)
-    build("build_m3d_cap", "--corpus", tmp_path / "pictures", "--output", tmp_path / "m3d", *M3D_ASSUMED)
+    for _ in range(2):  # again: nothing is left to do
+        build("build_m3d_cap", "--corpus", tmp_path / "pictures", "--output", tmp_path / "m3d", *M3D_ASSUMED)
     assert without_source(tmp_path / "m3d") == without_source(built["m3d_cap"])
 
 

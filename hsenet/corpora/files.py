@@ -22,6 +22,7 @@ def partial_name(path: Path) -> Path:
 def claim_folder(output: Path, parameters: dict) -> None:
     """Note the parameters in build.json, or check that an earlier build of this folder had the same."""
     note = output / "build.json"
+    parameters = json.loads(json.dumps(parameters))  # as they come back: tuples are lists
     if note.exists():
         earlier = json.loads(note.read_text())
         if earlier != parameters:

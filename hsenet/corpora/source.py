@@ -2,6 +2,7 @@
 
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -110,7 +111,7 @@ class Corpus:
             yield
         except (FileNotFoundError, KeyError):
             raise MissingInCorpusError(_missing(name)) from None
-        except zipfile.BadZipFile:
+        except (zipfile.BadZipFile, zlib.error, EOFError):
             raise CorpusError(f"The archive of {name} is damaged: expected a whole zip file. Get it again.") from None
 
 
