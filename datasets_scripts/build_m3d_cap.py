@@ -156,7 +156,7 @@ def read_pictures(
     array = np.stack(slices).astype(np.float32) * ((high - low) / 255) + low
     if first_slice == "superior":
         array = array[::-1]
-    return read_volume(np.ascontiguousarray(array), spacing=slice_spacing)
+    return read_volume(np.ascontiguousarray(array), spacing=slice_spacing, hu_check="warn")
 
 
 def main() -> None:
