@@ -1,6 +1,7 @@
 """Tiny copies of public corpora in their published layouts, made from phantoms."""
 
 import csv
+import gzip
 import io
 import json
 import zipfile
@@ -41,7 +42,7 @@ def blank_nifti(index: int) -> bytes:
     image = nibabel.Nifti1Image(array, affine)
     image.set_sform(None, code=0)
     image.set_qform(None, code=0)
-    return image.to_bytes()
+    return gzip.compress(image.to_bytes(), mtime=0)
 
 
 def write(path: Path, content: bytes | str) -> None:

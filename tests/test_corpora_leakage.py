@@ -71,8 +71,8 @@ def test_a_scan_is_the_same_however_it_is_stored(tmp_path):
     changed = array.copy()
     changed[5, 5, 5] += 1
     assert content_hash(read_volume(changed, affine=affine)) not in hashes
-    (tmp_path / "blank.nii").write_bytes(corpora.blank_nifti(0))
-    assert has_blank_header(tmp_path / "blank.nii")
+    (tmp_path / "blank.nii.gz").write_bytes(corpora.blank_nifti(0))
+    assert has_blank_header(tmp_path / "blank.nii.gz")
 
 
 def test_patients_keep_their_split_whoever_else_comes():
