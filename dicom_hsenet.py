@@ -216,7 +216,7 @@ def _read_series(files: list[tuple[str, Callable[..., bytes]]], options: ReadOpt
     affine[:3, 2] = orientation[:3] * pixel_spacing[1]
     affine[:3, 3] = origins[0]
     affine[:2] *= -1  # DICOM is LPS+, the affine RAS+
-    return canonical_volume(array, affine, options)
+    return canonical_volume(array, affine, options, reuse=True)
 
 
 # Headers

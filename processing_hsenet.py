@@ -7,6 +7,7 @@ field of view in the same orientation: depth inferior to superior, height anteri
 to left. `HSENetProcessor` adds the tokenizer, and expands each image placeholder to the volume's tokens.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -425,11 +426,6 @@ def _body_box(array: torch.Tensor) -> list[tuple[float, float]]:
     return [(float(first), float(last + 1 - first)), *box]
 
 
-def _apply_window(array: torch.Tensor, window: tuple[float, float]) -> torch.Tensor:
-    lower, upper = window
-    return (array.clamp(lower, upper) - lower) / (upper - lower)
-
-
 def _resampling_weights(length: int, start: float, extent: float, samples: int) -> torch.Tensor:
     """`(samples, length)`: linear interpolation, widened to the sample distance when shrinking (antialiasing).
 
@@ -461,32 +457,38 @@ def _slab_weights(length: int, start: float, extent: float, samples: int) -> tor
     return (shared.clamp(min=0) / step).float()
 
 
-SLAB_ROWS = 16  # of all planes: small enough for the processor's cache
+# Parts of the work that fit the processor's cache. A block of samples needs only the voxels near them.
+DEPTH_BLOCK, IN_PLANE_BLOCK, SLAB_ROWS = 8, 32, 4
 
 
 def _resample_windowed(array: torch.Tensor, window: tuple[float, float], weights: list[torch.Tensor]) -> torch.Tensor:
     """The scan (D, H, W) with its window applied, resampled along every axis; it is never whole in float32."""
-    kept = []
-    for axis, axis_weights in enumerate(weights):
-        used = axis_weights.any(dim=0).nonzero()[:, 0]
-        array = _select(array, axis, used)
-        kept.append(axis_weights[:, used])
-    slabs = [_resample(_apply_window(slab, window), 0, kept[0]) for slab in array.split(SLAB_ROWS, dim=1)]
-    resampled = torch.cat(slabs, dim=1)
-    for axis in (1, 2):
-        resampled = _resample(resampled, axis, kept[axis])
-    return resampled
+    (lower, upper), (depth, height, width) = window, weights
+    height, array = _used(height, array, 1)
+    width, array = _used(width, array, 2)
+    planes = []
+    for block, part in _blocks(depth, array, 0, DEPTH_BLOCK):
+        slabs = (slab.float().clamp(lower, upper).sub_(lower) for slab in part.split(SLAB_ROWS, dim=1))
+        planes.append(torch.cat([torch.tensordot(block, slab, 1) for slab in slabs], dim=1))
+    resampled = torch.cat(planes).div_(upper - lower)
+    resampled = torch.cat([block @ part for block, part in _blocks(height, resampled, 1, IN_PLANE_BLOCK)], dim=1)
+    return torch.cat([part @ block.T for block, part in _blocks(width, resampled, 2, IN_PLANE_BLOCK)], dim=2)
 
 
-def _select(array: torch.Tensor, axis: int, used: torch.Tensor) -> torch.Tensor:
+def _blocks(
+    weights: torch.Tensor, array: torch.Tensor, axis: int, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for block in weights.split(size):
+        yield _used(block, array, axis)
+
+
+def _used(weights: torch.Tensor, array: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (samples, voxels) and array without the voxels along the axis that no sample needs."""
+    used = weights.any(dim=0).nonzero()[:, 0]
     first, last = used[[0, -1]].tolist() if len(used) else (0, -1)
     if len(used) == last + 1 - first:
-        return array.narrow(axis, first, len(used))
-    return array.index_select(axis, used)
-
-
-def _resample(array: torch.Tensor, axis: int, weights: torch.Tensor) -> torch.Tensor:
-    return torch.tensordot(weights, array, dims=([1], [axis])).movedim(0, axis)
+        return weights.narrow(1, first, len(used)), array.narrow(axis, first, len(used))
+    return weights[:, used], array.index_select(axis, used)
 
 
 __all__ = ["HSENetImageProcessor", "HSENetProcessor"]
