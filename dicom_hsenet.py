@@ -128,14 +128,13 @@ def import_pydicom() -> ModuleType:
 
 def read_dicom_folder(folder: Path, options: ReadOptions) -> Volume:
     """The CT series whose files lie directly in the folder, among whatever else does."""
-    root, paths = folder.resolve(), []
-    for path in sorted(folder.iterdir()):
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
+    with private_errors("The folder"):
+        root, entries = folder.resolve(), sorted(folder.iterdir())
+        if any(path.is_symlink() and not path.resolve().is_relative_to(root) for path in entries):
             raise UnsafePathError(
                 "A file of the folder is a link to somewhere else: copy the files themselves into the folder."
             )
-        if path.is_file():
-            paths.append(path)
+        paths = [path for path in entries if path.is_file()]
     return read_dicom_files(paths, options)
 
 
@@ -217,7 +216,7 @@ def _read_series(files: list[tuple[str, Callable[..., bytes]]], options: ReadOpt
     affine[:3, 2] = orientation[:3] * pixel_spacing[1]
     affine[:3, 3] = origins[0]
     affine[:2] *= -1  # DICOM is LPS+, the affine RAS+
-    return canonical_volume(array, affine, options)
+    return canonical_volume(array, affine, options, reuse=True)
 
 
 # Headers
@@ -280,16 +279,13 @@ def _slices_of_file(read: Callable[[], bytes], options: ReadOptions, pydicom: Mo
         if count > 1:
             problem = UnsupportedImageError("A multi-frame DICOM object is not enhanced CT: convert it to NIfTI.")
         return [_slice(read, 0, header, [header], problem)]
-    shared = header.SharedFunctionalGroupsSequence[0]
+    shared = _flat(header.SharedFunctionalGroupsSequence[0])
     frames = header.PerFrameFunctionalGroupsSequence
     if count > MAX_SLICES:
         raise ResourceLimitError(f"Expected at most {MAX_SLICES} frames, got {count}.")
     if count != len(frames):
         raise CorruptFileError(f"Expected the positions of {count} frames, got {len(frames)}.")
-    return [
-        _slice(read, number, header, [_flat(frame), _flat(shared), header], None)
-        for number, frame in enumerate(frames)
-    ]
+    return [_slice(read, number, header, [_flat(frame), shared, header], None) for number, frame in enumerate(frames)]
 
 
 def _check_deflated(content: bytes, options: ReadOptions) -> None:
@@ -323,6 +319,8 @@ def _slice(
     study, place, modality = (str(get(name)) for name in ("StudyInstanceUID", "FrameOfReferenceUID", "Modality"))
     series, kernel = str(get("SeriesInstanceUID")), str(get("ConvolutionKernel"))
     bits, signed = int(header.get("BitsStored") or 16), int(header.get("PixelRepresentation") or 0)
+    if not 1 <= bits <= 32:
+        raise CorruptFileError(f"Expected pixels of 1 to 32 bits, got BitsStored {bits}: export the series again.")
     geometry = {name: _numbers(get(name)) for name in GEOMETRY}
     rescale = {name: _numbers(get(name)) for name in RESCALE}
     return _Slice(
@@ -646,6 +644,12 @@ def _hu_dtype(slices: list[_Slice]) -> type:
 def _write_hu(stored: np.ndarray, dataset: Any, one: _Slice, target: np.ndarray) -> None:
     if stored.shape != target.shape:
         raise CorruptFileError(f"Expected a slice of {target.shape}, got pixels of {stored.shape}.")
+    low, high = one.stored_range
+    if stored.min() < low or stored.max() > high:
+        raise CorruptFileError(
+            f"By their header the stored values lie between {low} and {high}, but they go from {stored.min()} to "
+            f"{stored.max()}: export the series again."
+        )
     target[:] = stored
     target *= target.dtype.type(one.rescale[0])
     target += target.dtype.type(one.rescale[1])

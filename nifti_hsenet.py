@@ -54,7 +54,7 @@ except ImportError:  # imported as a plain top-level module, not from the Hub ca
     )
 
 ACCEPTED = "a NIfTI (.nii, .nii.gz) or NRRD file, a folder or zip with the DICOM files of one CT series"
-CHUNK_BYTES = 4 * 1024**2
+CHUNK_BYTES = 1024**2
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_HEADER_BYTES = 16 * 1024**2
 MAX_RATIO, SMALL_BYTES = 200, 64 * 1024**2  # a scan zips 2 to 10 times, an empty one up to 200
@@ -167,7 +167,7 @@ def read_nifti(file: BinaryIO, options: ReadOptions, *, named_nifti: bool) -> Vo
         voxels = stream.read_voxels(math.prod(shape) * dtype.itemsize, offset)
         stored = voxels.view(dtype).reshape((*frame_shape, -1), order="F")[..., frame]
         array = to_hu(stored, *_nifti_scaling(header, options))
-    return canonical_volume(array, affine, options)
+    return canonical_volume(array, affine, options, reuse=True)
 
 
 def from_nibabel(image: Any, options: ReadOptions) -> Volume:
@@ -334,7 +334,7 @@ def read_nrrd(file: BinaryIO, options: ReadOptions) -> Volume:
         file.seek(start + end)
         voxels = _Stream(file, options.max_bytes).read_voxels(math.prod(shape) * dtype.itemsize, 0)
         array = to_hu(voxels.view(dtype).reshape(shape, order="F"), *options.scaling(1.0, 0.0))
-    return canonical_volume(array, affine, options)
+    return canonical_volume(array, affine, options, reuse=True)
 
 
 def _check_nrrd_header(header: dict[str, Any]) -> None:

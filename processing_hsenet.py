@@ -8,7 +8,7 @@ to left. `HSENetImageProcessor.released` has the settings of the released weight
 `HSENetProcessor` adds the tokenizer, and expands each image placeholder to the volume's tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from typing import Any, Literal
 
@@ -271,7 +271,9 @@ class HSENetImageProcessor(BaseImageProcessor):
             _resampling_weights(length, start, extent, samples)
             for length, (start, extent), samples in zip(values.shape, field_of_view, self.image_size, strict=True)
         ]
-        return _resample_windowed(values, self.hu_window if self._windows_by_slabs else None, weights)
+        if self._windows_by_slabs:
+            return _resample_windowed(values, self.hu_window, weights)
+        return _resample(values, weights)
 
     def _slice_pixel_values(
         self, scan: torch.Tensor, spacing: tuple[float, float, float], field_of_view: list[tuple[float, float]]
@@ -314,7 +316,9 @@ class HSENetImageProcessor(BaseImageProcessor):
         size = self.slice_size[::-1] if self.slice_rotation % 180 else self.slice_size
         for length, (start, extent), samples in zip(planes.shape[1:], in_plane, size, strict=True):
             weights.append(_resampling_weights(length, start, extent, samples))
-        return _resample_windowed(planes, self.slice_hu_window if self._slices_window_by_slabs else None, weights)
+        if self._slices_window_by_slabs:
+            return _resample_windowed(planes, self.slice_hu_window, weights)
+        return _resample(planes, weights)
 
     def _picture(self, plane: torch.Tensor) -> torch.Tensor:
         """A slice in [0, 1] through JPEG, if the settings say so, and from a whole plane to `slice_size`."""
@@ -789,37 +793,45 @@ def _slab_weights(length: int, start: float, extent: float, samples: int) -> tor
     return (shared.clamp(min=0) / step).float()
 
 
-SLAB_ROWS = 16  # of all planes: small enough for the processor's cache
+# Parts of the work that fit the processor's cache. A block of samples needs only the voxels near them.
+DEPTH_BLOCK, IN_PLANE_BLOCK, SLAB_ROWS = 8, 32, 4
 
 
-def _resample_windowed(
-    array: torch.Tensor, window: tuple[float, float] | None, weights: list[torch.Tensor]
-) -> torch.Tensor:
-    """The scan (D, H, W) with its window, if any, applied, resampled along every axis; never whole in float32."""
-    kept = []
+def _resample(array: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """`(D, H, W)` resampled along every axis, in the array's own precision."""
     for axis, axis_weights in enumerate(weights):
-        used = axis_weights.any(dim=0).nonzero()[:, 0]
-        array = _select(array, axis, used)
-        kept.append(axis_weights[:, used])
-    slabs = array.split(SLAB_ROWS, dim=1)
-    if window is not None:
-        slabs = (_apply_window(slab, window) for slab in slabs)
-    slabs = [_resample(slab, 0, kept[0]) for slab in slabs]
-    resampled = torch.cat(slabs, dim=1)
-    for axis in (1, 2):
-        resampled = _resample(resampled, axis, kept[axis])
-    return resampled
+        array = torch.tensordot(axis_weights.to(array.dtype), array, dims=([1], [axis])).movedim(0, axis)
+    return array
 
 
-def _select(array: torch.Tensor, axis: int, used: torch.Tensor) -> torch.Tensor:
+def _resample_windowed(array: torch.Tensor, window: tuple[float, float], weights: list[torch.Tensor]) -> torch.Tensor:
+    """The scan (D, H, W) with its window applied, resampled along every axis; it is never whole in float32."""
+    (lower, upper), (depth, height, width) = window, weights
+    height, array = _used(height, array, 1)
+    width, array = _used(width, array, 2)
+    planes = []
+    for block, part in _blocks(depth, array, 0, DEPTH_BLOCK):
+        slabs = (slab.float().clamp(lower, upper).sub_(lower) for slab in part.split(SLAB_ROWS, dim=1))
+        planes.append(torch.cat([torch.tensordot(block, slab, 1) for slab in slabs], dim=1))
+    resampled = torch.cat(planes).div_(upper - lower)
+    resampled = torch.cat([block @ part for block, part in _blocks(height, resampled, 1, IN_PLANE_BLOCK)], dim=1)
+    return torch.cat([part @ block.T for block, part in _blocks(width, resampled, 2, IN_PLANE_BLOCK)], dim=2)
+
+
+def _blocks(
+    weights: torch.Tensor, array: torch.Tensor, axis: int, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for block in weights.split(size):
+        yield _used(block, array, axis)
+
+
+def _used(weights: torch.Tensor, array: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (samples, voxels) and array without the voxels along the axis that no sample needs."""
+    used = weights.any(dim=0).nonzero()[:, 0]
     first, last = used[[0, -1]].tolist() if len(used) else (0, -1)
     if len(used) == last + 1 - first:
-        return array.narrow(axis, first, len(used))
-    return array.index_select(axis, used)
-
-
-def _resample(array: torch.Tensor, axis: int, weights: torch.Tensor) -> torch.Tensor:
-    return torch.tensordot(weights.to(array.dtype), array, dims=([1], [axis])).movedim(0, axis)
+        return weights.narrow(1, first, len(used)), array.narrow(axis, first, len(used))
+    return weights[:, used], array.index_select(axis, used)
 
 
 __all__ = ["HSENetImageProcessor", "HSENetProcessor"]

@@ -257,7 +257,7 @@ def to_hu(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     return hu
 
 
-def canonical_volume(array: np.ndarray, affine: np.ndarray, options: ReadOptions) -> Volume:
+def canonical_volume(array: np.ndarray, affine: np.ndarray, options: ReadOptions, *, reuse: bool = False) -> Volume:
     """
     Turns a scan to the orientation of `Volume`, along the axes nearest to the stored ones, and checks its values.
     Nothing is interpolated, so an oblique scan keeps its obliqueness, unless the axes aren't perpendicular.
@@ -265,6 +265,7 @@ def canonical_volume(array: np.ndarray, affine: np.ndarray, options: ReadOptions
     Args:
         array (`np.ndarray`): HU, int16 or float32, three axes in any order and direction.
         affine (`np.ndarray`): (4, 4), index along the array's axes to RAS+ mm.
+        reuse (`bool`): whether nobody else needs the array, so that its memory can become the volume's.
 
     Raises:
         GeometryError: impossible, sheared or too oblique affine.
@@ -278,13 +279,27 @@ def canonical_volume(array: np.ndarray, affine: np.ndarray, options: ReadOptions
 
     order = [axis_along[world] for world, _ in CANONICAL_AXES]
     array, affine = array.transpose(order), affine[:, [*order, 3]]  # the index copies: the caller's stays as it was
-    for axis, (world, direction) in enumerate(CANONICAL_AXES):
-        if affine[world, axis] * direction < 0:
-            array = np.flip(array, axis)
-            affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
-            affine[:3, axis] *= -1
-    array = _checked_values(np.ascontiguousarray(array), options)
+    backward = [axis for axis, (world, direction) in enumerate(CANONICAL_AXES) if affine[world, axis] * direction < 0]
+    for axis in backward:
+        affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
+        affine[:3, axis] *= -1
+    if reuse and array.flags.c_contiguous and array.flags.writeable:
+        _flip_in_place(array, backward)
+    else:
+        array = np.ascontiguousarray(np.flip(array, backward))
+    array = _checked_values(array, options)
     return Volume(array, affine, "".join(codes[axis] for axis in range(3)))
+
+
+def _flip_in_place(array: np.ndarray, axes: list[int]) -> None:
+    """Plane by plane, in the processor's cache: fresh memory for a whole scan costs more than the turning."""
+    in_plane = tuple(axis - 1 for axis in axes if axis > 0)
+    if in_plane:
+        for plane in array:
+            plane[:] = np.flip(plane, in_plane)  # NumPy sees that the two overlap
+    if 0 in axes:
+        for low in range(len(array) // 2):
+            array[[low, -1 - low]] = array[[-1 - low, low]]
 
 
 def checked_affine(affine: np.ndarray) -> np.ndarray:
