@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -58,7 +58,8 @@ class VolumeCache:
     def write(self, row: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         path = self.path(row["volume_name"])
         unfinished = path.with_suffix(f".{_HOST}-{os.getpid()}.tmp")
-        save_file(tensors, unfinished, metadata={"source": scan_identity(row)})
+        # Not by save_file, whose own unfinished files would stay behind a killed process without a trace of whose.
+        unfinished.write_bytes(save(tensors, metadata={"source": scan_identity(row)}))
         unfinished.rename(path)  # a file with the final name is always whole
 
     def remove_orphans(self) -> None:
