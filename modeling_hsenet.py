@@ -467,7 +467,10 @@ class HSENetSliceGuidedModel(HSENetPreTrainedModel):
             `torch.Tensor` of shape `(batch, num_slices, slice_hidden_size)`: the CLS token of each slice.
         """
         if self.slice_encoder is None:
-            raise ValueError("This model has no slice guidance, but slices were given: leave slice_pixel_values out.")
+            raise ValueError(
+                "This model has no 2D encoder of slices, but slices were given: leave slice_pixel_values out, or pass "
+                "cached slice_features if it has slice guidance."
+            )
         if slice_pixel_values.ndim != 5 or slice_pixel_values.shape[1] != self.config.num_slices:
             raise ValueError(
                 f"Expected slice_pixel_values of shape (batch, {self.config.num_slices}, channels, height, width), "
@@ -497,7 +500,7 @@ class HSENetCLIPModel(HSENetSliceGuidedModel):
     def __init__(self, config: HSENetCLIPConfig):
         super().__init__(config)
         self.vision_model = HSENetVisionModel(config.vision_config)
-        self.slice_encoder = HSENetVisionModel(config.slice_config) if config.guidance == "slices" else None
+        self.slice_encoder = HSENetVisionModel(config.slice_config) if config.slice_config is not None else None
         # The report's embedding is the CLS token itself: BERT's pooler would be parameters that never train.
         self.text_model = AutoModel.from_config(config.text_config, add_pooling_layer=False)
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
@@ -595,6 +598,7 @@ class HSENetModel(HSENetSliceGuidedModel):
             self.global_encoder = HSENetVisionModel(config.vision_config)
         if config.encoders != "global":
             self.local_encoder = HSENetVisionModel(config.local_vision_config)
+        if config.slice_config is not None:
             self.slice_encoder = HSENetVisionModel(config.slice_config)
         self.multi_modal_projector = HSENetMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
