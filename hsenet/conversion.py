@@ -152,7 +152,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = Path(source)
     only_words = (folder / "vocab.txt").exists() and not (folder / "tokenizer.json").exists()
-    tokenizer = (BertTokenizer if only_words else AutoTokenizer).from_pretrained(source)
+    # Told not to trust: otherwise a folder whose configuration names code, such as M3D-CLIP's, makes it ask to run it.
+    tokenizer = (BertTokenizer if only_words else AutoTokenizer).from_pretrained(source, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(f"Expected a tokenizer in {source}, got one without words: its files are missing.")
     return tokenizer

@@ -151,7 +151,9 @@ def read_language_model(
     were when LoRA was trained.
     """
     tokenizer = load_tokenizer(source)
-    model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+    )
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]:
         raise ConversionError(f"The language model does not fit its files in {sorted(wrong)[:10]}: get it again.")
     words, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]

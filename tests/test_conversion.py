@@ -375,6 +375,30 @@ def test_stage2_without_a_slice_encoder(sources, tmp_path, monkeypatch, capsys):
     assert set(processor(volumes=tiny.scan(), affine=np.eye(4))) == {"pixel_values"}
 
 
+def test_a_configuration_that_names_code_does_not_ask_to_run_it(sources, tmp_path, monkeypatch):
+    shutil.copytree(sources / "stage1", tmp_path / "m3d")
+    config = json.loads((tmp_path / "m3d/config.json").read_text())
+    auto_map = {"AutoConfig": "configuration_m3d_clip.M3DCLIPConfig", "AutoModel": "modeling_m3d_clip.M3DCLIP"}
+    (tmp_path / "m3d/config.json").write_text(json.dumps({**config, "model_type": "m3d_clip", "auto_map": auto_map}))
+    asked = []
+    monkeypatch.setattr("builtins.input", asked.append)
+    assert run("convert", "m3d-clip", tmp_path / "m3d", tmp_path / "clip") == 0
+    assert not asked and (tmp_path / "clip/tokenizer.json").exists()
+
+
+def test_tokenizer_of_words_alone(tmp_path):
+    """BERT's as transformers 4 left it beside the released CLIPs, without tokenizer.json."""
+    released.write_clip(tmp_path, "stage1_clip", tokenizer=False)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "no", "pleural", "ef", "##fusion", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = {"do_lower_case": True, "model_max_length": 512, "tokenizer_class": "BertTokenizer",
+              "extra_special_tokens": {}, "do_basic_tokenize": True, "never_split": None}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert run("convert", "stage1-clip", tmp_path, tmp_path / "clip") == 0
+    processor = AutoProcessor.from_pretrained(tmp_path / "clip")
+    assert processor(text="No pleural effusion.")["input_ids"] == [[2, 5, 6, 7, 8, 9, 3]]
+
+
 def test_what_a_converted_folder_holds(sources, tmp_path, capsys):
     arguments = ("--slice_encoder", sources / "slices", "--num_slices", 4, "--dtype", "bfloat16")
     assert run("convert", "stage2-clip", sources / "stage2", tmp_path / "clip", *arguments) == 0
