@@ -11,7 +11,7 @@ from statistics import mode
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_hsenet import HSENetCLIPConfig, HSENetConfig
 from hsenet.adapters import PEFT_PREFIX, adapter_layout, lora_config, merge_lora, save_adapter
@@ -222,5 +222,8 @@ def _assembled(
     model = on_meta(HSENetForConditionalGeneration, config)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    model.generation_config = text_model.generation_config
+    # Greedy, and only the configuration's own end token ends an answer, as in the public evaluation: an instruct
+    # model's generation settings are for its chat.
+    tokens = {name: getattr(text_model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
     return model.eval()

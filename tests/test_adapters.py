@@ -158,6 +158,12 @@ def test_without_a_slice_encoder(folder, inputs, tmp_path):
     check_fingerprint(tmp_path / "vlm")
 
 
+def test_generation_is_greedy_and_ends_where_the_public_evaluation_does(folder):
+    generation_config = AutoModel.from_pretrained(folder / "merged").generation_config
+    assert generation_config.eos_token_id == generation_config.pad_token_id == 0
+    assert not generation_config.do_sample
+
+
 def test_what_the_folder_holds(folder):
     files = {str(path.relative_to(folder / "base")) for path in (folder / "base").rglob("*") if path.is_file()}
     assert {f"adapters/{name}/adapter_{file}" for name in ("reports", "vqa") for file in ("config.json",
