@@ -92,7 +92,9 @@ class HSENetCLIPConfig(PreTrainedConfig):
         vision_config (`HSENetVisionConfig` or `dict`, *optional*): the 3D encoder.
         text_config (`PreTrainedConfig` or `dict`, *optional*): a BERT-like text encoder; bert-base sizes by default.
         slice_config (`HSENetVisionConfig` or `dict`, *optional*):
-            The frozen 2D encoder of the slices; BiomedCLIP's ViT-B/16 sizes by default, only with `guidance="slices"`.
+            The frozen 2D encoder of the slices, only with `guidance="slices"`. By default BiomedCLIP's ViT-B/16 sizes,
+            but none if `vision_config` has its own `slice_hidden_size`: the model then takes only cached slice
+            features of that width.
         num_slices (`int`): axial slices a volume.
         projection_dim (`int`): width of the shared embedding space.
         logit_scale_init_value (`float`): start of the log temperature; `exp` is taken in use.
@@ -115,8 +117,7 @@ class HSENetCLIPConfig(PreTrainedConfig):
         self.vision_config = _vision_config(self.vision_config)
         self.text_config = _text_config(self.text_config, default=BertConfig)
         if self.guidance == "slices":
-            self.slice_config = _slice_config(self.slice_config)
-            self.vision_config.slice_hidden_size = self.slice_config.hidden_size
+            self.slice_config = _slice_config(self.slice_config, self.vision_config)
         elif self.slice_config is not None or self.vision_config.slice_hidden_size is not None:
             raise ValueError('guidance is "none", but a slice_config was given: use guidance="slices" for stage 2.')
         super().__post_init__(**kwargs)
@@ -132,7 +133,9 @@ class HSENetConfig(PreTrainedConfig):
         vision_config (`HSENetVisionConfig` or `dict`, *optional*): the global 3D encoder.
         local_vision_config (`HSENetVisionConfig` or `dict`, *optional*):
             The local (2E3) encoder. By default the global encoder's sizes, with slice guidance.
-        slice_config (`HSENetVisionConfig` or `dict`, *optional*): the 2D encoder of the slices.
+        slice_config (`HSENetVisionConfig` or `dict`, *optional*):
+            The 2D encoder of the slices; as in [`HSENetCLIPConfig`], there is none by default if
+            `local_vision_config` has its own `slice_hidden_size`.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             Any causal language model with a bias-free output head; Phi-4-mini's sizes by default (its long-context
             rotary factors come with the checkpoint's own configuration).
@@ -177,9 +180,8 @@ class HSENetConfig(PreTrainedConfig):
                 f"{self.vision_config.slice_hidden_size}: pass a 2E3 encoder's as local_vision_config."
             )
         if self.encoders != "global":
-            self.slice_config = _slice_config(self.slice_config)
             self.local_vision_config = _vision_config(self.local_vision_config or self.vision_config)
-            self.local_vision_config.slice_hidden_size = self.slice_config.hidden_size
+            self.slice_config = _slice_config(self.slice_config, self.local_vision_config)
         # A configuration that no module uses would only confuse, so each exists exactly with its encoder.
         if self.encoders == "global":
             self.slice_config = self.local_vision_config = None
@@ -219,11 +221,16 @@ def _own(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _slice_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+def _slice_config(config: dict | PreTrainedConfig | None, guided: PreTrainedConfig) -> PreTrainedConfig | None:
+    """The 2D encoder's, whose width `guided` takes over; none where `guided` alone says how wide features are."""
+    if config is None and guided.slice_hidden_size is not None:
+        return None
     if config is None:  # BiomedCLIP's ViT-B/16
         config = {"image_size": (1, 224, 224), "patch_size": (1, 16, 16), "num_channels": 3, "qkv_bias": True}
         config["layer_norm_eps"] = 1e-6
-    return _vision_config(config)
+    config = _vision_config(config)
+    guided.slice_hidden_size = config.hidden_size
+    return config
 
 
 def _text_config(config: dict | PreTrainedConfig | None, default) -> PreTrainedConfig:

@@ -138,6 +138,20 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def attend(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention as the configuration implements it: `(batch, heads, length, head_dim)` to `(batch, length, heads,
+    head_dim)`, and the weights where the implementation has them."""
+    attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    dropout = module.attention_dropout if module.training else 0.0
+    return attention_interface(
+        module, query, key, value, None, dropout=dropout, scaling=module.scaling, is_causal=module.is_causal
+    )
+
+
 class HSENetPatchEmbeddings(nn.Module):
     """Cuts a volume into patches, projects each and adds its learned position (paper section 3.1)."""
 
@@ -175,7 +189,7 @@ class HSENetAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        self.dropout = config.attention_dropout
+        self.attention_dropout = config.attention_dropout
         self.is_causal = False
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -184,13 +198,7 @@ class HSENetAttention(nn.Module):
         batch, length, hidden_size = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.dropout if self.training else 0.0
-        attended, weights = attention_interface(
-            self, query, key, value, None, dropout=dropout, scaling=self.scaling, is_causal=self.is_causal
-        )
+        attended, weights = attend(self, query, key, value)
         return self.out_proj(attended.reshape(batch, length, hidden_size)), weights
 
 
@@ -233,7 +241,7 @@ class HSENetCrossAttention(nn.Module):
         super().__init__()
         hidden_size, context_size = sizes
         self.config = config
-        self.dropout_rate = dropout
+        self.attention_dropout = dropout
         self.projected_residual = residual == "projected_query"
         self.scaling = hidden_size**-0.5
         self.is_causal = False
@@ -247,20 +255,7 @@ class HSENetCrossAttention(nn.Module):
     def forward(self, queries: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = self.q_proj(queries)  # (batch, num_queries, hidden_size)
         key, value = self.k_proj(context), self.v_proj(context)  # (batch, num_keys, hidden_size)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.dropout_rate if self.training else 0.0
-        attended, weights = attention_interface(
-            self,
-            query.unsqueeze(1),
-            key.unsqueeze(1),
-            value.unsqueeze(1),
-            None,
-            dropout=dropout,
-            scaling=self.scaling,
-            is_causal=self.is_causal,
-        )
+        attended, weights = attend(self, query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
         attended = self.out_proj(attended.reshape(query.shape))
         weights = weights.squeeze(1) if weights is not None else None  # (batch, num_queries, num_keys)
         residual = query if self.projected_residual else queries
@@ -326,18 +321,14 @@ class HSENetMultiModalProjector(nn.Module):
 
     def __init__(self, config: HSENetConfig):
         super().__init__()
-        self.global_packer = self.local_packer = None
-        if config.encoders != "local":
-            self.global_packer = HSENetSpatialPacker(config, config.vision_config)
-        if config.encoders != "global":
-            self.local_packer = HSENetSpatialPacker(config, config.local_vision_config)
+        encoders = (config.vision_config, config.local_vision_config)
+        self.global_packer, self.local_packer = (
+            HSENetSpatialPacker(config, encoder) if encoder is not None else None for encoder in encoders
+        )
 
     def forward(self, global_states: torch.Tensor | None, local_states: torch.Tensor | None) -> torch.Tensor:
-        packed = []
-        if self.global_packer is not None:
-            packed.append(self.global_packer(global_states)[0])
-        if self.local_packer is not None:
-            packed.append(self.local_packer(local_states)[0])
+        pairs = ((self.global_packer, global_states), (self.local_packer, local_states))
+        packed = [packer(states)[0] for packer, states in pairs if packer is not None]
         return torch.cat(packed, dim=1)  # (batch, image_seq_length, text_hidden_size)
 
 
@@ -467,7 +458,10 @@ class HSENetSliceGuidedModel(HSENetPreTrainedModel):
             `torch.Tensor` of shape `(batch, num_slices, slice_hidden_size)`: the CLS token of each slice.
         """
         if self.slice_encoder is None:
-            raise ValueError("This model has no slice guidance, but slices were given: leave slice_pixel_values out.")
+            raise ValueError(
+                "This model has no 2D encoder of slices, but slices were given: leave slice_pixel_values out, or pass "
+                "cached slice_features if it has slice guidance."
+            )
         if slice_pixel_values.ndim != 5 or slice_pixel_values.shape[1] != self.config.num_slices:
             raise ValueError(
                 f"Expected slice_pixel_values of shape (batch, {self.config.num_slices}, channels, height, width), "
@@ -497,7 +491,7 @@ class HSENetCLIPModel(HSENetSliceGuidedModel):
     def __init__(self, config: HSENetCLIPConfig):
         super().__init__(config)
         self.vision_model = HSENetVisionModel(config.vision_config)
-        self.slice_encoder = HSENetVisionModel(config.slice_config) if config.guidance == "slices" else None
+        self.slice_encoder = HSENetVisionModel(config.slice_config) if config.slice_config is not None else None
         # The report's embedding is the CLS token itself: BERT's pooler would be parameters that never train.
         self.text_model = AutoModel.from_config(config.text_config, add_pooling_layer=False)
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
@@ -563,10 +557,8 @@ class HSENetCLIPModel(HSENetSliceGuidedModel):
         """
         Args:
             input_ids (`torch.Tensor` of shape `(num_texts, sequence_length)`).
-            pixel_values (`torch.Tensor` of shape `(num_volumes, 1, depth, height, width)`).
             attention_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*).
-            slice_pixel_values (`torch.Tensor` of shape `(num_volumes, num_slices, 3, height, width)`, *optional*).
-            slice_features (`torch.Tensor` of shape `(num_volumes, num_slices, slice_hidden_size)`, *optional*).
+            pixel_values, slice_pixel_values, slice_features: see [`~HSENetCLIPModel.get_image_features`].
             output_patch_scores (`bool`): whether to return the slices' weights on the patch grid.
         """
         image_outputs = self.get_image_features(pixel_values, slice_pixel_values, slice_features)
@@ -590,12 +582,10 @@ class HSENetModel(HSENetSliceGuidedModel):
 
     def __init__(self, config: HSENetConfig):
         super().__init__(config)
-        self.global_encoder = self.local_encoder = self.slice_encoder = None
-        if config.encoders != "local":
-            self.global_encoder = HSENetVisionModel(config.vision_config)
-        if config.encoders != "global":
-            self.local_encoder = HSENetVisionModel(config.local_vision_config)
-            self.slice_encoder = HSENetVisionModel(config.slice_config)
+        configs = (config.vision_config, config.local_vision_config, config.slice_config)
+        self.global_encoder, self.local_encoder, self.slice_encoder = (
+            HSENetVisionModel(encoder) if encoder is not None else None for encoder in configs
+        )
         self.multi_modal_projector = HSENetMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -715,30 +705,15 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
     def slice_encoder(self) -> HSENetVisionModel | None:
         return self.model.slice_encoder
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
     def save_pretrained(self, *args, **kwargs) -> None:
         # `_auto_class` names one Auto class; all of these load the same model.
         auto_classes = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM")
         self.config.auto_map = dict.fromkeys(auto_classes, "modeling_hsenet.HSENetForConditionalGeneration")
         super().save_pretrained(*args, **kwargs)
 
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        slice_pixel_values: torch.Tensor | None = None,
-        slice_features: torch.Tensor | None = None,
-        **kwargs,
-    ) -> HSENetImageFeatures:
+    def get_image_features(self, *args, **kwargs) -> HSENetImageFeatures:
         """As [`HSENetModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, slice_pixel_values, slice_features, **kwargs)
+        return self.model.get_image_features(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -760,11 +735,9 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
         Args:
             input_ids (`torch.Tensor` of shape `(batch, sequence_length)`, *optional*):
                 With `config.image_seq_length` placeholders (`config.image_token_id`) for each volume.
-            pixel_values (`torch.Tensor` of shape `(num_volumes, 1, depth, height, width)`, *optional*).
             attention_mask (`torch.Tensor` of shape `(batch, sequence_length)`, *optional*).
+            pixel_values, slice_pixel_values, slice_features (*optional*): see [`~HSENetModel.get_image_features`].
             labels (`torch.Tensor` of shape `(batch, sequence_length)`, *optional*): -100 where there is no loss.
-            slice_pixel_values (`torch.Tensor` of shape `(num_volumes, num_slices, 3, height, width)`, *optional*).
-            slice_features (`torch.Tensor` of shape `(num_volumes, num_slices, slice_hidden_size)`, *optional*).
             mm_encoder_outputs (`dict`, *optional*): `{"image": get_image_features(...)}`, instead of the volumes.
             logits_to_keep (`int`): compute only the last so many logits; 0: all.
             output_patch_scores (`bool`): whether to return the slices' weights on the patch grid.

@@ -84,7 +84,9 @@ def _add_kind(kinds, name: str, what: str, run: Callable[..., None]) -> argparse
 
 def _add_slices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--slice_encoder", help=f"2D encoder: converted, BiomedCLIP's or a ViT (default: {BIOMEDCLIP_ID})"
+        "--slice_encoder",
+        help=f"2D encoder: converted, BiomedCLIP's or a ViT (default: {BIOMEDCLIP_ID}); "
+        '"none": leave it out, for cached slice features',
     )
     parser.add_argument("--num_slices", type=int, help="slices a volume (default: 32)")
 
@@ -140,6 +142,8 @@ def _parsed(options: dict) -> dict:
     options = dict(options)
     if "dtype" in options:
         options["dtype"] = getattr(torch, options["dtype"])
+    if options.get("slice_encoder") == "none":
+        options["slice_encoder"] = None
     if "text_config" in options:
         options["text_config"] = json.loads(Path(options["text_config"]).read_text())
     return options

@@ -41,7 +41,7 @@ def convert_clip(
     source: str | Path,
     output: str | Path,
     *,
-    slice_encoder: str | Path = BIOMEDCLIP_ID,
+    slice_encoder: str | Path | None = BIOMEDCLIP_ID,
     teacher: str | Path | None = None,
     tokenizer: str | Path | None = None,
     text_config: dict | None = None,
@@ -55,7 +55,9 @@ def convert_clip(
     Args:
         kind (`str`): HSENet's stage 1 or 2, or M3D-CLIP, whose layout is stage 1's.
         source, output (`str`): what to convert, and the folder to write.
-        slice_encoder (`str`): for stage 2, whose file lacks it; see [`read_slice_encoder`].
+        slice_encoder (`str`, *optional*):
+            For stage 2, whose file lacks it; see [`read_slice_encoder`]. `None`: the model then has none, and takes
+            cached `slice_features` instead of slices.
         teacher (`str`, *optional*): folder for the frozen stage 1 in a stage-2 file; without it it is dropped.
         tokenizer (`str`, *optional*): the text encoder's, if it is not beside the source.
         text_config (`dict`, *optional*): of the text encoder, if it is not bert-base-uncased.
@@ -72,12 +74,14 @@ def convert_clip(
         report.notes.append(
             "scans are prepared as for HSENet's stage 1; how M3D prepared its own is not in its weights"
         )
-    slices = read_slice_encoder(slice_encoder, report) if kind == "stage2-clip" else None
-    models = {output: clip_model(checkpoint, report, slices, text_config=text_config, num_slices=num_slices)}
     if kind == "stage2-clip":
-        teacher_model = stage1_in_stage2(checkpoint, report, text_config=text_config, keep=teacher is not None)
+        slices = read_slice_encoder(slice_encoder, report) if slice_encoder is not None else None
+        models = {output: stage2_model(checkpoint, report, slices, text_config, num_slices)}
+        teacher_model = stage1_in_stage2(checkpoint, report, text_config, keep=teacher is not None)
         if teacher is not None:
             models[teacher] = teacher_model
+    else:
+        models = {output: stage1_model(checkpoint, report, text_config)}
     text_tokenizer = _text_tokenizer(checkpoint, tokenizer, report)
     with ExitStack() as folders:
         for target, model in models.items():
@@ -87,35 +91,42 @@ def convert_clip(
     return report
 
 
-def clip_model(
-    checkpoint: Checkpoint,
-    report: Report,
-    slice_encoder: HSENetVisionModel | None = None,
-    *,
-    text_config: dict | None = None,
-    num_slices: int = 32,
-) -> HSENetCLIPModel:
+def stage1_model(checkpoint: Checkpoint, report: Report, text_config: dict | None = None) -> HSENetCLIPModel:
     """
-    The model in a stage-1 file or, with a slice encoder, in a stage-2 file, of which the frozen stage 1 is left out.
+    The model in a stage-1 file.
 
     It holds the checkpoint's tensors but no buffers yet: save it, and load it from there.
     """
+    model = on_meta(HSENetCLIPModel, HSENetCLIPConfig(**_clip_settings(checkpoint, text_config)))
+    return fill(model, checkpoint.tensors, STAGE1_CLIP, "CLIP", checkpoint.label, report)
+
+
+def stage2_model(
+    checkpoint: Checkpoint,
+    report: Report,
+    slice_encoder: HSENetVisionModel | None = None,
+    text_config: dict | None = None,
+    num_slices: int = 32,
+) -> HSENetCLIPModel:
+    """As `stage1_model`, from a stage-2 file, of which the frozen stage 1 is left out; see [`convert_clip`]."""
     settings = _clip_settings(checkpoint, text_config)
-    if slice_encoder is None:
-        model = on_meta(HSENetCLIPModel, HSENetCLIPConfig(**settings))
-        return fill(model, checkpoint.tensors, STAGE1_CLIP, "CLIP", checkpoint.label, report)
-    settings["vision_config"]["scorer_residual"] = "projected_query"
-    slices = {"slice_config": plain_config(slice_encoder.config.to_dict()), "num_slices": num_slices}
-    model = on_meta(HSENetCLIPModel, HSENetCLIPConfig(guidance="slices", **slices, **settings))
+    settings["vision_config"] |= {"slice_hidden_size": _slice_width(checkpoint), "scorer_residual": "projected_query"}
+    if slice_encoder is not None:
+        settings["slice_config"] = plain_config(slice_encoder.config.to_dict())
+    config = HSENetCLIPConfig(guidance="slices", num_slices=num_slices, **settings)
+    model = on_meta(HSENetCLIPModel, config)
     model.slice_encoder = None  # while the rest is filled, all of which is in the file
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(TEACHER_PREFIX)}
     fill(model, tensors, STAGE2_CLIP, "CLIP", checkpoint.label, report)
     model.slice_encoder = slice_encoder
+    if slice_encoder is None:
+        shape = f"(volumes, {num_slices}, {config.vision_config.slice_hidden_size})"
+        report.notes.append(f"no 2D encoder: the model takes cached slice_features {shape} instead of slices")
     return model
 
 
 def stage1_in_stage2(
-    checkpoint: Checkpoint, report: Report, *, text_config: dict | None = None, keep: bool
+    checkpoint: Checkpoint, report: Report, text_config: dict | None = None, *, keep: bool
 ) -> HSENetCLIPModel | None:
     """The frozen stage 1 in a stage-2 file, checked as completely whether it is kept or listed as dropped."""
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(TEACHER_PREFIX)}
@@ -141,7 +152,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = Path(source)
     only_words = (folder / "vocab.txt").exists() and not (folder / "tokenizer.json").exists()
-    tokenizer = (BertTokenizer if only_words else AutoTokenizer).from_pretrained(source)
+    # Told not to trust: otherwise a folder whose configuration names code, such as M3D-CLIP's, makes it ask to run it.
+    tokenizer = (BertTokenizer if only_words else AutoTokenizer).from_pretrained(source, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(f"Expected a tokenizer in {source}, got one without words: its files are missing.")
     return tokenizer
@@ -156,6 +168,14 @@ def _clip_settings(checkpoint: Checkpoint, text_config: dict | None) -> dict:
         "text_config": {"model_type": "bert", **plain_config(text_config or {})},  # bert-base-uncased by default
         "projection_dim": vision.get("hidden_size", HSENetVisionConfig.hidden_size),
     }
+
+
+def _slice_width(checkpoint: Checkpoint) -> int:
+    """Of the slice features that the scorer reads; a tensor that does not fit is named when all are renamed."""
+    keys = checkpoint.tensors.get("vision_encoder.slice_guided_attention.Wk.weight")
+    if keys is not None and keys.ndim == 2:
+        return keys.shape[1]
+    return checkpoint.config.get("hidden_size", HSENetVisionConfig.hidden_size)
 
 
 def _text_folder(checkpoint: Checkpoint) -> Path | None:

@@ -11,13 +11,19 @@ from statistics import mode
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_hsenet import HSENetCLIPConfig, HSENetConfig
 from hsenet.adapters import PEFT_PREFIX, adapter_layout, lora_config, merge_lora, save_adapter
 from hsenet.checkpoint_files import Checkpoint, read_checkpoint
 from hsenet.checkpoint_names import VLM_ADAPTER
-from hsenet.conversion import clip_model, load_tokenizer, released_image_processor, stage1_in_stage2
+from hsenet.conversion import (
+    load_tokenizer,
+    released_image_processor,
+    stage1_in_stage2,
+    stage1_model,
+    stage2_model,
+)
 from hsenet.conversion_output import Report, finished_folder, on_meta, plain_config, write_model
 from hsenet.conversion_slices import BIOMEDCLIP_ID, read_slice_encoder
 from hsenet.name_table import ConversionError, rename
@@ -37,7 +43,7 @@ def convert_vlm(
     *,
     stage2: str | Path,
     stage1: str | Path | None = None,
-    slice_encoder: str | Path = BIOMEDCLIP_ID,
+    slice_encoder: str | Path | None = BIOMEDCLIP_ID,
     language_model: str | Path = LANGUAGE_MODEL_ID,
     adapter: str | None = None,
     lora_alpha: int = 32,
@@ -52,7 +58,8 @@ def convert_vlm(
         source, output (`str`): the file with packers and LoRA, and the folder to write.
         stage2, stage1 (`str`):
             CLIP checkpoints, released or converted. Without `stage1` the global encoder is the frozen one in `stage2`.
-        slice_encoder (`str`): see [`read_slice_encoder`]; a converted `stage2` has its own.
+        slice_encoder (`str`, *optional*):
+            See [`convert_clip`]; a converted `stage2` has its own, or none.
         language_model (`str`): the causal language model that LoRA was trained on.
         adapter (`str`, *optional*):
             Keep LoRA and packers as adapter `OUTPUT/adapters/<adapter>`, and the language model as it was. By default
@@ -68,10 +75,11 @@ def convert_vlm(
     trained = read_checkpoint(source)
     stage1_clip, stage2_clip = _clips(stage1, stage2, slice_encoder, report, text_config, num_slices)
     text_model, tokenizer = read_language_model(language_model, report, dtype)
+    slice_encoder_config = stage2_clip.config.slice_config
     config = HSENetConfig(
         vision_config=plain_config(stage1_clip.config.vision_config.to_dict()),
         local_vision_config=plain_config(stage2_clip.config.vision_config.to_dict()),
-        slice_config=plain_config(stage2_clip.config.slice_config.to_dict()),
+        slice_config=plain_config(slice_encoder_config.to_dict()) if slice_encoder_config is not None else None,
         text_config={**plain_config(text_model.config.to_dict()), "vocab_size": len(tokenizer)},
         packer_window_size=packer_window_size,
         packer_residual="projected_query",
@@ -143,7 +151,9 @@ def read_language_model(
     were when LoRA was trained.
     """
     tokenizer = load_tokenizer(source)
-    model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+    )
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]:
         raise ConversionError(f"The language model does not fit its files in {sorted(wrong)[:10]}: get it again.")
     words, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
@@ -166,7 +176,7 @@ def read_language_model(
 def _clips(
     stage1: str | Path | None,
     stage2: str | Path,
-    slice_encoder: str | Path,
+    slice_encoder: str | Path | None,
     report: Report,
     text_config: dict | None,
     num_slices: int,
@@ -176,11 +186,11 @@ def _clips(
     in_stage2 = None
     if checkpoint.config.get("model_type") == HSENetCLIPConfig.model_type:
         stage2_clip = HSENetCLIPModel.from_pretrained(checkpoint.folder, dtype=torch.float32)
-        report.notes.append(f"local encoder and slice encoder as they are from {checkpoint.label}")
+        report.notes.append(f"local encoder and slice encoder, if any, as they are from {checkpoint.label}")
     else:
-        slices = read_slice_encoder(slice_encoder, report)
-        stage2_clip = clip_model(checkpoint, report, slices, text_config=text_config, num_slices=num_slices)
-        in_stage2 = stage1_in_stage2(checkpoint, report, text_config=text_config, keep=stage1 is None)
+        slices = read_slice_encoder(slice_encoder, report) if slice_encoder is not None else None
+        stage2_clip = stage2_model(checkpoint, report, slices, text_config, num_slices)
+        in_stage2 = stage1_in_stage2(checkpoint, report, text_config, keep=stage1 is None)
     if stage1 is None:
         if in_stage2 is None:
             raise ConversionError(f"There is no stage 1 in {checkpoint.label}: pass it as stage1 (--stage1).")
@@ -189,7 +199,7 @@ def _clips(
     if checkpoint.config.get("model_type") == HSENetCLIPConfig.model_type:
         report.notes.append(f"global encoder as it is from {checkpoint.label}")
         return HSENetCLIPModel.from_pretrained(checkpoint.folder, dtype=torch.float32), stage2_clip
-    return clip_model(checkpoint, report, text_config=text_config), stage2_clip
+    return stage1_model(checkpoint, report, text_config), stage2_clip
 
 
 def _assembled(
@@ -202,14 +212,18 @@ def _assembled(
     parts = {
         "model.global_encoder.": stage1.vision_model.state_dict(),
         "model.local_encoder.": stage2.vision_model.state_dict(),
-        "model.slice_encoder.": stage2.slice_encoder.state_dict(),
         "model.language_model.": text_model.base_model.state_dict(),
         "lm_head.": text_model.get_output_embeddings().state_dict(),
     }
+    if stage2.slice_encoder is not None:
+        parts["model.slice_encoder."] = stage2.slice_encoder.state_dict()
     state = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
     state |= {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in adapter.items() if ".lora_" not in name}
     model = on_meta(HSENetForConditionalGeneration, config)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    model.generation_config = text_model.generation_config
+    # Greedy, and only the configuration's own end token ends an answer, as in the public evaluation: an instruct
+    # model's generation settings are for its chat.
+    tokens = {name: getattr(text_model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
     return model.eval()

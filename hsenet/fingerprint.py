@@ -100,11 +100,14 @@ def _outputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         return {"features": model(**inputs).pooler_output}
     volume = config.vision_config if config.vision_config is not None else config.local_vision_config
     inputs = {"pixel_values": _waves(1, 1, *volume.image_size)}
+    guided = config.vision_config if config.model_type == "hsenet_clip" else config.local_vision_config
     features = {}
     if config.slice_config is not None:
         channels, (_, height, width) = config.slice_config.num_channels, config.slice_config.image_size
         inputs["slice_features"] = model.get_slice_features(_waves(1, config.num_slices, channels, height, width))
         features["slice features"] = inputs["slice_features"]
+    elif guided is not None and guided.slice_hidden_size is not None:  # takes cached features only
+        inputs["slice_features"] = _waves(1, config.num_slices, guided.slice_hidden_size)
     vocabulary = config.text_config.vocab_size
     words = (torch.arange(1, 9) * 7919 % vocabulary).unsqueeze(0)
     if config.model_type == "hsenet_clip":

@@ -101,6 +101,7 @@ def write_slice_encoder(folder: Path) -> HSENetVisionModel:
 def write_language_model(folder: Path) -> Phi3ForCausalLM:
     torch.manual_seed(0)
     model = Phi3ForCausalLM(LANGUAGE).eval()
+    model.generation_config.update(eos_token_id=[7, 0], do_sample=True)  # an instruct model's, for its chat
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return model

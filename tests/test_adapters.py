@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from hsenet.adapters import load_adapters, merge_adapter
 from hsenet.conversion_vlm import convert_vlm, convert_vlm_adapter
+from hsenet.fingerprint import check_fingerprint
 from hsenet.name_table import ConversionError
 
 
@@ -144,6 +145,23 @@ def test_the_encoders_also_come_from_converted_folders(folder, inputs, tmp_path)
     convert_vlm(folder / "vqa.bin", tmp_path / "vlm", stage2=folder / "clip2", stage1=folder / "clip1", **settings)
     one, other = (load_file(path / "model.safetensors") for path in (folder / "merged", tmp_path / "vlm"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@torch.no_grad()
+def test_without_a_slice_encoder(folder, inputs, tmp_path):
+    settings = {"language_model": folder / "language_model", "packer_window_size": WINDOW, "num_slices": 4}
+    convert_vlm(folder / "vqa.bin", tmp_path / "vlm", stage2=folder / "stage2", slice_encoder=None, **settings)
+    model, other = (AutoModel.from_pretrained(path).eval() for path in (tmp_path / "vlm", folder / "merged"))
+    assert model.slice_encoder is None
+    assert torch.equal(model(**inputs).logits, other(**inputs).logits)
+    assert model.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+    check_fingerprint(tmp_path / "vlm")
+
+
+def test_generation_is_greedy_and_ends_where_the_public_evaluation_does(folder):
+    generation_config = AutoModel.from_pretrained(folder / "merged").generation_config
+    assert generation_config.eos_token_id == generation_config.pad_token_id == 0
+    assert not generation_config.do_sample
 
 
 def test_what_the_folder_holds(folder):

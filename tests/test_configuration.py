@@ -147,6 +147,18 @@ def test_each_encoder_has_its_configuration_and_no_other():
     assert only_local.local_vision_config.slice_hidden_size == tiny.SLICES["hidden_size"]
 
 
+def test_no_slice_encoder_where_the_scorer_says_how_wide_its_features_are():
+    guided = {**tiny.VISION, "slice_hidden_size": 20}
+    both = {"local_vision_config": guided, "vision_config": tiny.VISION, "packer_window_size": tiny.WINDOW}
+    for config in (HSENetCLIPConfig(guidance="slices", vision_config=guided), HSENetConfig(**both)):
+        again = type(config).from_dict(config.to_dict())
+        assert config.slice_config is again.slice_config is None
+        encoder = again.vision_config if config.model_type == "hsenet_clip" else again.local_vision_config
+        assert encoder.slice_hidden_size == 20
+    with_encoder = HSENetCLIPConfig(guidance="slices", vision_config=guided, slice_config=tiny.SLICES)
+    assert with_encoder.vision_config.slice_hidden_size == tiny.SLICES["hidden_size"]
+
+
 def test_local_encoder_has_the_global_encoders_sizes_by_default():
     config = tiny.generation_model().config
     changed = {"slice_hidden_size": tiny.SLICES["hidden_size"]}

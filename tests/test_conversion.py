@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 
+import numpy as np
 import open_clip
 import pytest
 import released
@@ -28,10 +29,16 @@ from hsenet import checkpoint_files as hsenet_files
 from hsenet.checkpoint_files import Checkpoint, read_checkpoint
 from hsenet.checkpoint_names import STAGE1_CLIP, STAGE2_CLIP, TEACHER_PREFIX, VLM_ADAPTER
 from hsenet.cli import main
-from hsenet.conversion import clip_model, convert_clip, stage1_in_stage2
+from hsenet.conversion import convert_clip, stage1_in_stage2, stage1_model, stage2_model
 from hsenet.conversion_output import Report
 from hsenet.conversion_slices import read_slice_encoder
 from hsenet.conversion_vlm import read_adapter
+from hsenet.losses import (
+    consistency_weight,
+    global_similarity,
+    image_text_contrastive_loss,
+    semantic_consistency_loss,
+)
 from hsenet.name_table import Computed, ConversionError, NameTable, rename
 
 
@@ -44,7 +51,7 @@ def run(*arguments) -> int:
 
 def test_stage1_at_its_true_size():
     report = Report("stage1-clip")
-    model = clip_model(Checkpoint(released.meta_tensors("stage1_clip")), report)
+    model = stage1_model(Checkpoint(released.meta_tensors("stage1_clip")), report)
     (part,) = report.parts
     assert part["source_tensors"] == 342 and len(part["dropped"]) == 2
     assert set(part["dropped"]) == {f"language_encoder.pooler.dense.{leaf}" for leaf in ("weight", "bias")}
@@ -57,7 +64,7 @@ def test_stage2_at_its_true_size():
         slices = HSENetVisionModel(tiny.clip_model("slices").config.slice_config.__class__(
             image_size=(1, 224, 224), patch_size=(1, 16, 16), num_channels=3, qkv_bias=True, layer_norm_eps=1e-6
         ))  # fmt: skip
-    model = clip_model(checkpoint, report, slices)
+    model = stage2_model(checkpoint, report, slices)
     teacher = stage1_in_stage2(checkpoint, report, keep=False)
     assert sum(part["source_tensors"] for part in report.parts) == 696
     assert len(report.parts[1]["dropped"]) == 342
@@ -89,13 +96,11 @@ def changed(tensors: dict, name: str, change: str) -> dict:
 @pytest.fixture(scope="module")
 def layouts() -> dict:
     """Of each released file: its tensors, its table, and the model's tensors."""
-    stage1 = clip_model(Checkpoint(released.meta_tensors("stage1_clip")), Report("")).state_dict()
-    stage2, slices = released.meta_tensors("stage2_clip"), HSENetVisionModel(tiny.vision_model().config)
+    stage1 = stage1_model(Checkpoint(released.meta_tensors("stage1_clip")), Report("")).state_dict()
+    stage2 = released.meta_tensors("stage2_clip")
     teacher = {name: tensor for name, tensor in stage2.items() if name.startswith(TEACHER_PREFIX)}
     own = {name: tensor for name, tensor in stage2.items() if name not in teacher}
-    slices.config.hidden_size = 768
-    guided = clip_model(Checkpoint(stage2), Report(""), slices).state_dict()
-    guided = {name: tensor for name, tensor in guided.items() if not name.startswith("slice_encoder.")}
+    guided = stage2_model(Checkpoint(stage2), Report("")).state_dict()
     vlm = released.meta_tensors("vlm_trained_only")
     adapter = read_adapter(Checkpoint(vlm), HSENetConfig(), 32, Report(""))[0]
     return {
@@ -140,7 +145,7 @@ def test_a_table_without_a_row_is_an_error():
 def test_a_scale_without_logarithm_is_refused(scale):
     tensors = {**released.meta_tensors("stage1_clip"), "logit_scale": torch.tensor(scale)}
     with pytest.raises(ConversionError, match=f"logit_scale.*positive scale, got {scale}"):
-        clip_model(Checkpoint(tensors), Report(""))
+        stage1_model(Checkpoint(tensors), Report(""))
 
 
 # Files
@@ -321,6 +326,77 @@ def test_clip_computes_the_same(kind, sources, tmp_path, capsys):
     torch.save(inputs, tmp_path / "inputs.pt")
     values = run_elsewhere(LOGITS, tmp_path / "elsewhere", tmp_path / "clip", tmp_path / "inputs.pt")
     torch.testing.assert_close(torch.tensor(values), logits, atol=1e-6, rtol=0)
+
+
+def stage2_loss(tensors: dict, images: torch.Tensor, texts: torch.Tensor, frozen: tuple, step: int) -> torch.Tensor:
+    """The public code's: unit features of stage 2 and of the frozen stage 1, the file's own scale."""
+    scale = tensors["logit_scale"]
+    logits, teacher = scale * images @ texts.T, scale * frozen[0] @ frozen[1].T
+    labels = torch.arange(len(logits))
+    contrastive = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
+    weight = 0.1 * (1 - step / 5000) if step < 5000 else 0.0
+    return contrastive + weight * ((logits - teacher) ** 2).mean()
+
+
+@torch.no_grad()
+def test_stage2_without_a_slice_encoder(sources, tmp_path, monkeypatch, capsys):
+    """Cached features of another width than the encoder's, no slice encoder, no network; up to the training loss."""
+    monkeypatch.setattr(hsenet_files, "snapshot_download", None)
+    shutil.copytree(sources / "stage2", tmp_path / "source")
+    tensors = load_file(tmp_path / "source/model.safetensors")
+    for part in ("Wk", "Wv"):
+        name = f"vision_encoder.slice_guided_attention.{part}.weight"
+        tensors[name] = tensors[name][:, :20].contiguous()
+    save_file(tensors, tmp_path / "source/model.safetensors")
+    options = ("--slice_encoder", "none", "--num_slices", 5, "--teacher", tmp_path / "teacher")
+    assert run("convert", "stage2-clip", tmp_path / "source", tmp_path / "clip", *options) == 0
+    assert "takes cached slice_features (volumes, 5, 20) instead of slices" in capsys.readouterr().out
+    assert run("fingerprint", tmp_path / "clip", "--check") == 0
+    model, teacher = (AutoModel.from_pretrained(tmp_path / name) for name in ("clip", "teacher"))
+    assert model.slice_encoder is None and model.config.slice_config is None
+    processor = AutoProcessor.from_pretrained(tmp_path / "clip")
+    inputs = dict(processor(text=tiny.SENTENCES[:3], return_tensors="pt"))
+    inputs["pixel_values"], features = torch.rand(3, 1, *tiny.IMAGE_SIZE), torch.rand(3, 7, 20)
+    outputs, frozen = model(**inputs, slice_features=features), teacher(**inputs)
+    bert = reference_bert(tensors, "language_encoder.")
+    expected = raw_logits(model, bert, tensors, {**inputs, "slice_features": features})
+    torch.testing.assert_close(outputs.logits_per_image, expected, atol=1e-5, rtol=0)
+    embeds = [(each.image_embeds, each.text_embeds) for each in (outputs, frozen)]
+    similarity, anchor = (global_similarity(*pair) for pair in embeds)
+    scale = model.logit_scale.exp()
+    contrastive = image_text_contrastive_loss(similarity, scale)
+    consistency = semantic_consistency_loss(similarity, anchor, scale)
+    for step in (0, 1000, 2500, 4999, 5000, 7000):
+        loss = contrastive + consistency_weight(step, 0.1, "linear_decay", 5000) * consistency
+        torch.testing.assert_close(loss, stage2_loss(tensors, *embeds[0], embeds[1], step), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="no 2D encoder of slices.*pass cached slice_features"):
+        model(**inputs, slice_pixel_values=torch.rand(3, 5, 3, 16, 16))
+    assert processor.image_processor.num_slices == 0
+    assert set(processor(volumes=tiny.scan(), affine=np.eye(4))) == {"pixel_values"}
+
+
+def test_a_configuration_that_names_code_does_not_ask_to_run_it(sources, tmp_path, monkeypatch):
+    shutil.copytree(sources / "stage1", tmp_path / "m3d")
+    config = json.loads((tmp_path / "m3d/config.json").read_text())
+    auto_map = {"AutoConfig": "configuration_m3d_clip.M3DCLIPConfig", "AutoModel": "modeling_m3d_clip.M3DCLIP"}
+    (tmp_path / "m3d/config.json").write_text(json.dumps({**config, "model_type": "m3d_clip", "auto_map": auto_map}))
+    asked = []
+    monkeypatch.setattr("builtins.input", asked.append)
+    assert run("convert", "m3d-clip", tmp_path / "m3d", tmp_path / "clip") == 0
+    assert not asked and (tmp_path / "clip/tokenizer.json").exists()
+
+
+def test_tokenizer_of_words_alone(tmp_path):
+    """BERT's as transformers 4 left it beside the released CLIPs, without tokenizer.json."""
+    released.write_clip(tmp_path, "stage1_clip", tokenizer=False)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "no", "pleural", "ef", "##fusion", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = {"do_lower_case": True, "model_max_length": 512, "tokenizer_class": "BertTokenizer",
+              "extra_special_tokens": {}, "do_basic_tokenize": True, "never_split": None}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert run("convert", "stage1-clip", tmp_path, tmp_path / "clip") == 0
+    processor = AutoProcessor.from_pretrained(tmp_path / "clip")
+    assert processor(text="No pleural effusion.")["input_ids"] == [[2, 5, 6, 7, 8, 9, 3]]
 
 
 def test_what_a_converted_folder_holds(sources, tmp_path, capsys):

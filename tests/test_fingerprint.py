@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from test_hub import run_elsewhere
 from transformers import AutoModel
 
 import hsenet  # noqa: F401  registers the Auto classes
@@ -31,6 +32,34 @@ def test_a_weight_of_another_shape_is_refused_even_on_request(tmp_path):
     change_tensors(tmp_path, lambda tensors: tensors.update({"norm.bias": torch.zeros(5)}))
     with pytest.raises(ValueError, match="norm.bias"):
         AutoModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+REFUSED = """
+import json, transformers
+refused = {}
+for folder, auto_class in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
+    except ValueError as error:
+        refused[f"{folder} {auto_class}"] = str(error)
+print(json.dumps(refused))
+"""
+
+
+def test_code_from_the_folder_refuses_too(tmp_path):
+    classes = {
+        "vlm": ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"),
+        "clip": ("AutoModel",),
+        "vision": ("AutoModel",),
+    }
+    models = (tiny.generation_model(), tiny.clip_model("slices"), tiny.vision_model())
+    for name, model in zip(classes, models, strict=True):
+        model.save_pretrained(tmp_path / name)
+        change_tensors(tmp_path / name, lambda tensors: tensors.pop(sorted(tensors)[-1]))
+    pairs = [(name, auto_class) for name, group in classes.items() for auto_class in group]
+    arguments = [argument for name, auto_class in pairs for argument in (tmp_path / name, auto_class)]
+    refused = run_elsewhere(REFUSED, tmp_path / "elsewhere", *arguments)
+    assert len(refused) == 5 and all("Expected a complete checkpoint" in error for error in refused.values())
 
 
 @pytest.fixture

@@ -315,7 +315,7 @@ def test_cached_slice_features_and_patch_scores():
 
 def test_wrong_contrastive_inputs():
     texts = text_inputs("a")
-    with pytest.raises(ValueError, match="no slice guidance"):
+    with pytest.raises(ValueError, match="no 2D encoder of slices"):
         tiny.clip_model()(pixel_values=volumes(), slice_pixel_values=slices(), **texts)
     model = tiny.clip_model("slices")
     with pytest.raises(ValueError, match="slice_pixel_values"):

@@ -141,6 +141,19 @@ def test_ct_rate(scan, tmp_path):
     assert_close(outputs["slice_pixel_values"][0], ct_rate_slices(array, (z, x, x)))
 
 
+def test_ct_rate_as_its_first_release_stores_it(tmp_path):
+    """As in the README: the rescaling and the millimetres come from the metadata table, not from the header."""
+    stored = np.random.default_rng(1).integers(0, 3000, (20, 24, 10)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(stored, np.eye(4)), tmp_path / "scan.nii.gz")
+    slope, intercept, xy, z = 1.0, -1024.0, 0.871094, 2.5
+    image = nibabel.load(tmp_path / "scan.nii.gz")
+    hu = slope * image.get_fdata() + intercept
+    processor = HSENetImageProcessor.released("ct_rate", **SIZES)
+    outputs = processor(hu, affine=np.diag([xy, xy, z, 1]), return_tensors="pt")
+    assert_close(outputs["pixel_values"][0, 0], reference_volume(hu, (z, xy, xy)))
+    assert_close(outputs["slice_pixel_values"][0], ct_rate_slices(hu, (z, xy, xy)))
+
+
 @pytest.mark.parametrize("scan", SCANS.values(), ids=SCANS)
 def test_bimcv_r(scan, tmp_path):
     array = write_scan(tmp_path / "scan.nii.gz", **scan)
