@@ -45,6 +45,9 @@ def draw_phantom(path: Path) -> None:
 
 
 def ours(path: Path) -> Callable[[], np.ndarray]:
+    import nibabel  # noqa: F401  the reader imports it when it needs it
+    from isal import igzip  # noqa: F401
+
     from hsenet import HSENetImageProcessor, read_volume
 
     processor = HSENetImageProcessor(image_size=IMAGE_SIZE, num_slices=NUM_SLICES, slice_size=(SLICE_SIZE, SLICE_SIZE))
@@ -55,20 +58,23 @@ def usual(path: Path) -> Callable[[], np.ndarray]:
     import nibabel
     from scipy import ndimage
 
+    def zoom(array: np.ndarray, factors: np.ndarray | tuple) -> np.ndarray:
+        return ndimage.zoom(array, factors, order=1, mode="nearest")  # the default surrounds the scan with 0 HU
+
     def run() -> np.ndarray:
         image = nibabel.as_closest_canonical(nibabel.load(path))
         array = image.get_fdata().clip(-1000, 1000)
         spacing = image.header.get_zooms()
-        array = ndimage.zoom(array, np.divide(spacing, (0.75, 0.75, 1.5)), order=1).transpose(2, 1, 0)
+        array = zoom(array, np.divide(spacing, (0.75, 0.75, 1.5))).transpose(2, 1, 0)
         array = array[:, ::-1, ::-1]
         planes = array[np.linspace(0, len(array) - 1, NUM_SLICES).astype(int)]
-        pictures = ndimage.zoom(planes, (1, *np.divide(SLICE_SIZE, planes.shape[1:])), order=1)
+        pictures = zoom(planes, (1, *np.divide(SLICE_SIZE, planes.shape[1:])))
         np.repeat(((pictures / 1000 + 1) / 2 - 0.45)[:, None] / 0.27, 3, axis=1).astype(np.float32)
         array = array.clip(-1000, 200)
         array = (array - array.min()) / (array.max() - array.min())
         box = [np.flatnonzero((array > 0.4).any(axis=axes))[[0, -1]] for axes in ((1, 2), (0, 2), (0, 1))]
         array = array[tuple(slice(first, last + 1) for first, last in box)]
-        return ndimage.zoom(array, np.divide(IMAGE_SIZE, array.shape), order=1).astype(np.float32)
+        return zoom(array, np.divide(IMAGE_SIZE, array.shape)).astype(np.float32)
 
     return run
 
