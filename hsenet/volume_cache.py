@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from hsenet.corpora.volumes import content_hash
 from hsenet.scans import read_scan, scan_identity
 from modeling_hsenet import HSENetVisionModel
 from processing_hsenet import HSENetImageProcessor
@@ -45,16 +46,25 @@ class VolumeCache:
         path = self.path(row["volume_name"])
         if not path.exists():
             return False
+        metadata = self._metadata(path)
+        return "content_hash" in metadata and metadata["source"] == scan_identity(row)
+
+    def content_hash(self, volume_name: str) -> str:
+        """What [`~hsenet.corpora.volumes.content_hash`] says of the scan, before any resampling."""
+        return self._metadata(self.path(volume_name))["content_hash"]
+
+    @staticmethod
+    def _metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
-            return file.metadata()["source"] == scan_identity(row)
+            return file.metadata()
 
     def __getitem__(self, volume_name: str) -> dict[str, torch.Tensor]:
         return {name: tensor.float() for name, tensor in load_file(self.path(volume_name)).items()}
 
-    def write(self, row: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    def write(self, row: dict[str, Any], tensors: dict[str, torch.Tensor], content_hash: str) -> None:
         path = self.path(row["volume_name"])
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, unfinished, metadata={"source": scan_identity(row)})
+        save_file(tensors, unfinished, metadata={"source": scan_identity(row), "content_hash": content_hash})
         unfinished.rename(path)  # a file with the final name is always whole
 
 
@@ -68,9 +78,10 @@ class _Scans(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[int, dict[str, torch.Tensor]]:
+    def __getitem__(self, index: int) -> tuple[int, dict[str, torch.Tensor], str]:
         try:
-            return index, self.image_processor.process_volume(read_scan(self.rows[index]))
+            scan = read_scan(self.rows[index])
+            return index, self.image_processor.process_volume(scan), content_hash(scan)
         except HSENetInputError as error:
             # The reader names no file; the row's number in the split tells the owner of the data which it is.
             raise type(error)(f"Volume in row {self.rows[index]['row']}: {error}") from None
@@ -105,12 +116,12 @@ def cache_volumes(
     loader = DataLoader(_Scans(mine, image_processor), batch_size=None, num_workers=num_workers)
     if slice_encoder is not None:
         slice_encoder = slice_encoder.to(accelerator.device).eval()
-    for index, tensors in tqdm(loader, "volumes", disable=not mine or not accelerator.is_main_process):
+    for index, tensors, scan_hash in tqdm(loader, "volumes", disable=not mine or not accelerator.is_main_process):
         cached = {"pixel_values": tensors["pixel_values"].half().contiguous()}
         if slice_encoder is not None:
             pictures = tensors["slice_pixel_values"].to(accelerator.device).unsqueeze(2)
             cached["slice_features"] = slice_encoder(pictures).pooler_output.float().cpu().contiguous()
-        cache.write(mine[index], cached)
+        cache.write(mine[index], cached, scan_hash)
     accelerator.wait_for_everyone()
     if missing := sum(not cache.path(row["volume_name"]).exists() for row in unique):
         raise RuntimeError(
@@ -120,11 +131,16 @@ def cache_volumes(
     return cache
 
 
-def _settings_key(image_processor: HSENetImageProcessor, slice_encoder: HSENetVisionModel | None) -> str:
+def preprocessing_settings(image_processor: HSENetImageProcessor) -> dict[str, Any]:
+    """All that decides which tensors a scan becomes, as JSON has it."""
     # Its arguments only: `to_dict` of a loaded processor holds more than that of the same processor before saving.
     parameters = inspect.signature(HSENetImageProcessor.__init__).parameters
     settings = {name: getattr(image_processor, name) for name in parameters if name in vars(image_processor)}
-    settings["version"] = PREPROCESSING_VERSION
+    return json.loads(json.dumps({**settings, "version": PREPROCESSING_VERSION}))
+
+
+def _settings_key(image_processor: HSENetImageProcessor, slice_encoder: HSENetVisionModel | None) -> str:
+    settings = preprocessing_settings(image_processor)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     if slice_encoder is not None:
         # What the weights' names and shapes do not show.
