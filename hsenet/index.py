@@ -5,12 +5,11 @@
     index = SearchIndex.load("outputs/index", "outputs/quickstart/stage2")
     result = index.search(text="Large left pleural effusion.", where=Filter(sex="F", min_age=50))
 
-On disk it is a `datasets` Dataset (`load_from_disk` reads it) with `index.json`, which says what made it: another model,
-tokenizer or preprocessing is refused, because its embeddings would mean something else.
+On disk it is a `datasets` Dataset (`load_from_disk` reads it) with `index.json`, which says what made it: another
+model, tokenizer or preprocessing is refused, because its embeddings would mean something else.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,57 +19,10 @@ from datasets import load_from_disk
 from hsenet.corpora.volumes import content_hash
 from hsenet.embedding import Embedder
 from hsenet.index_filters import RELATIONS, Columns, Filter, relations
+from hsenet.index_results import Hit, SearchResult
 from hsenet.index_rows import pseudonyms, salt_path
 from hsenet.index_store import ROW, TARGETS, check_identity, read_info, write_index
 from hsenet.scans import read_scan
-
-
-@dataclass
-class Hit:
-    """One row that a search found; the ids are pseudonyms unless the index keeps the dataset's own.
-
-    Args:
-        rank (`int`): from 1.
-        score (`float`): cosine with the query, -1 to 1.
-        row (`int`): number in the split of the dataset, or in the table, from 0.
-        relation (`str`): to the query: "identical volume", "same study", "same patient" or "".
-        copy_of (`int`, *optional*): rank of a better hit with the same voxels (of reports: the same text).
-    """
-
-    rank: int
-    score: float
-    volume_id: str
-    study_id: str
-    patient_id: str
-    split: str
-    row: int
-    age: int | None
-    sex: str | None
-    labels: list[str] | None
-    report: str
-    relation: str
-    copy_of: int | None
-
-
-@dataclass
-class SearchResult:
-    """
-    Args:
-        hits: the best first.
-        num_candidates (`int`): rows that were ranked.
-        left_out (`dict[str, int]`): rows that pass the filters but are the query's own, by relation.
-        is_guarded (`bool`):
-            Whether the query's patient is known, by a volume of theirs in the index or by `patient_id`. If not, other
-            scans of the patient may be among the hits.
-    """
-
-    hits: list[Hit]
-    num_candidates: int
-    left_out: dict[str, int]
-    is_guarded: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class SearchIndex:

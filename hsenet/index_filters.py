@@ -1,5 +1,5 @@
 # Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
-"""Which rows of a search index a search may return: filters by metadata, and the guard against a patient's own scans."""
+"""Which rows of an index a search may return: filters by metadata, and the guard against the patient's own scans."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +39,18 @@ def load_source(source: str, splits: Sequence[str] | None = None) -> dict[str, l
         ValueError: a column or a split is missing, there is no row, or a volume's name repeats.
     """
     rows = _table_rows(Path(source)) if source.endswith(TABLE_SUFFIXES) else _dataset_rows(source, splits)
-    found = {row["split"]: [] for row in rows}
+    by_split: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        found[row["split"]].append(row)
-    chosen = list(found) if splits is None else list(splits)
-    if missing := sorted(set(chosen) - set(found)):
-        raise ValueError(
-            f"There is no row of split {', '.join(missing)}: expected some of {', '.join(sorted(found))}."
-        )
-    if not chosen:
+        by_split.setdefault(row["split"], []).append(row)
+    if splits is not None:
+        _check_splits(splits, by_split)
+        by_split = {split: by_split[split] for split in splits}
+    names = [row["volume_name"] for rows in by_split.values() for row in rows]
+    if not names:
         raise ValueError("There is no row to index.")
-    names = [row["volume_name"] for split in chosen for row in found[split]]
     if len(set(names)) < len(names):
         raise ValueError(f"{len(names) - len(set(names))} rows repeat a volume_name: expected one row a volume.")
-    return {split: found[split] for split in chosen}
+    return by_split
 
 
 def source_id(source: str) -> str | None:
@@ -64,8 +62,10 @@ def source_id(source: str) -> str | None:
 
 def _dataset_rows(source: str, splits: Sequence[str] | None) -> list[dict[str, Any]]:
     known = get_dataset_split_names(source, "reports", revision=dataset_root(source)[1])
+    if splits is not None:
+        _check_splits(splits, known)
     rows = []
-    for split in known if splits is None else [split for split in splits if split in known]:
+    for split in known if splits is None else splits:
         for row in load_rows(source, "reports", split):
             if "patient_id" not in row:
                 raise ValueError("The dataset has no column patient_id: a search could not leave out the query's own.")
@@ -82,7 +82,6 @@ def _table_rows(table: Path) -> list[dict[str, Any]]:
         value = {name: text_or_none(entry.get(name)) for name in (*TABLE_COLUMNS, *TABLE_TEXTS)}
         if None in (value["volume"], value["patient_id"]):
             raise ValueError(f"Row {number + 1} of the table lacks volume or patient_id: expected both.")
-        labels = text_or_none(entry.get("labels"))
         rows.append(
             {
                 **value,
@@ -91,7 +90,7 @@ def _table_rows(table: Path) -> list[dict[str, Any]]:
                 "volume_name": value["volume_name"] or value["volume"],
                 "study_id": value["study_id"] or value["volume"],
                 "split": value["split"] or TABLE_SPLIT,
-                "labels": None if labels is None else [name.strip() for name in labels.split(";")],
+                "labels": _label_names(entry.get("labels")),
                 "age": age_in_years(entry.get("age")),
                 "sex": sex_or_none(entry.get("sex")),
                 "hu_slope": number_or_none(entry.get("hu_slope")),
@@ -99,6 +98,18 @@ def _table_rows(table: Path) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _label_names(value: Any) -> list[str] | None:
+    if isinstance(value, list):  # of a Parquet table
+        return value
+    text = text_or_none(value)
+    return None if text is None else [name.strip() for name in text.split(";")]
+
+
+def _check_splits(asked: Sequence[str], known: Iterable[str]) -> None:
+    if missing := sorted(set(asked) - set(known)):
+        raise ValueError(f"There is no split {', '.join(missing)}: expected some of {', '.join(sorted(known))}.")
 
 
 def salt_path(index: Path) -> Path:

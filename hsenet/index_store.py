@@ -1,5 +1,5 @@
 # Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
-"""What a search index is on disk: a `datasets` Dataset of embeddings and rows, and `index.json`, which says what made it."""
+"""A search index on disk: a `datasets` Dataset of embeddings and rows, and `index.json`, which says what made it."""
 
 import hashlib
 import json
@@ -157,6 +157,6 @@ def check_identity(stored: dict[str, Any], given: dict[str, Any]) -> None:
         details["image_processor"] = tuple({name: each.get(name) for name in settings} for each in (before, now))
     differences = "; ".join(f"{name}: made with {made}, given {now}" for name, (made, now) in details.items())
     raise ValueError(
-        f"The index was made with another model or preprocessing, whose embeddings mean something else ({differences}). "
-        "Pass the model that made it, or build the index again."
+        f"The index was made with another model or preprocessing ({differences}), so its embeddings mean something "
+        "else. Pass the model that made it, or build the index again."
     )
