@@ -99,8 +99,8 @@ def test_the_stored_embeddings_are_the_models(index, rows, model):
     clip, processor = tiny.clip_model("slices"), HSENetProcessor.from_pretrained(model)
     row = rows["train_7_b_2"]
     stored = next(stored for stored in index.dataset if stored["volume_id"] == row["volume_name"])
-    inputs = processor(volumes=[row["volume"]], text=[stored["report"]], truncation=True, max_length=64)
-    inputs = {name: torch.as_tensor(np.array(value)) for name, value in inputs.items() if name != "token_type_ids"}
+    text = {"text": [stored["report"]], "truncation": True, "max_length": 64, "return_token_type_ids": False}
+    inputs = processor(volumes=[row["volume"]], return_tensors="pt", **text)
     with torch.no_grad():
         outputs = clip(**inputs)
     np.testing.assert_allclose(stored["image_embedding"], outputs.image_embeds[0], atol=2e-3)  # cached as halves
@@ -249,6 +249,17 @@ def test_identical_volumes_are_marked_and_left_out(table, model):
     assert [hit.row for hit in index.search(volume=table.parent / "scans" / "b.nii.gz").hits] == [2]
     assert {hit.row for hit in index.search(TEXT, target="reports").hits} == {0, 2}
     assert [hit.row for hit in index.search(TEXT, where=Filter(min_age=1)).hits if hit.age is None] == []
+
+
+def test_a_dataset_may_say_which_scan_a_coarser_one_was_made_of(table, model):
+    header, *lines = table.read_text().splitlines()
+    table.write_text(
+        "\n".join([f"{header},content_hash", f"{lines[0]},0123abcd", *(f"{line}," for line in lines[1:])])
+    )
+    index = build(table, model)
+    assert [len(hashes) for hashes in index.dataset["content_hashes"]] == [2, 1, 1]
+    other = {"volume": str(table.parent / "scans" / "c.nii.gz"), "content_hash": "0123abcd"}
+    assert [hit.row for hit in index.search(volume=other).hits] == [1]
 
 
 def test_nothing_local_and_nobodys_name_is_saved(table, model):
