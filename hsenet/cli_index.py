@@ -39,6 +39,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text_weight", type=float, help="with both, 0 to 1; the volume's is the rest (default: 0.5)")
     parser.add_argument("--target", choices=("volumes", "reports"), help="what to find (default: volumes)")
     parser.add_argument("-k", type=int, help="how many (default: 10)")
+    parser.add_argument("--one_per_study", action="store_true", help="only the best reconstruction of each study")
     filters = parser.add_argument_group("filters")
     filters.add_argument("--sex", choices=("M", "F"))
     filters.add_argument("--min_age", type=int, metavar="YEARS")

@@ -120,6 +120,7 @@ class SearchIndex:
         study_id: str | None = None,
         patient_id: str | None = None,
         include_same_patient: bool = False,
+        one_per_study: bool = False,
     ) -> SearchResult:
         """
         The `k` rows with the largest cosine, ties in the order of the index.
@@ -139,6 +140,7 @@ class SearchIndex:
             where ([`Filter`], *optional*): what rows have to be.
             study_id, patient_id (`str`, *optional*): the query's, as in the dataset.
             include_same_patient (`bool`): do not leave them out; `Hit.relation` still tells them.
+            one_per_study (`bool`): only the best reconstruction of each study, which share their report.
 
         Raises:
             ValueError: neither text nor volume, a value out of range, or a filter that no row could pass.
@@ -154,10 +156,16 @@ class SearchIndex:
         if target == "reports":
             passes &= self.columns.has_report
         own = passes & (relation != "") & (not include_same_patient)
-        ranked = self._rank(self._query(text, scan, text_weight), TARGETS[target], passes & ~own, k)
+        query, candidates = self._query(text, scan, text_weight), passes & ~own
+        ranked = self._rank(query, TARGETS[target], candidates, len(candidates) if one_per_study else k)
+        if one_per_study:
+            best: dict[str, tuple[int, float]] = {}
+            for number, score in ranked:
+                best.setdefault(self.columns.study_id[number], (number, score))
+            ranked = list(best.values())[:k]
         return SearchResult(
             hits=self._hits(ranked, relation, target),
-            num_candidates=int((passes & ~own).sum()),
+            num_candidates=int(candidates.sum()),
             left_out={name: int((relation[own] == name).sum()) for name in RELATIONS if name in relation[own]},
             is_guarded=patient_id is not None or bool((relation != "").any()),
         )

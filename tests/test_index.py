@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_hub
 import nibabel
 import numpy as np
 import pytest
@@ -130,6 +131,15 @@ def test_weights_of_one_and_zero_are_text_and_volume_alone(index, rows):
     for weight, alone in ((1, {"text": TEXT}), (0, {"volume": volume})):
         fused = index.search(TEXT, volume, text_weight=weight, include_same_patient=True)
         assert names(fused) == names(index.search(**alone, include_same_patient=True))
+
+
+@pytest.mark.parametrize("target", ["volumes", "reports"])
+def test_one_per_study_keeps_the_best_of_siblings(index, target):
+    everything, best = index.search(TEXT, target=target, k=100), {}
+    for hit in everything.hits:
+        best.setdefault(hit.study_id, hit.volume_id)
+    found = index.search(TEXT, target=target, k=4, one_per_study=True)
+    assert names(found) == list(best.values())[:4] and len(best) < len(everything.hits)
 
 
 def test_faiss_finds_what_exact_search_finds(index, rows):
@@ -383,21 +393,48 @@ def test_queries_that_cannot_be_meant_are_errors(index, tmp_path):
 # The command line
 
 
-def test_a_fresh_process_finds_what_this_one_found(index, model, rows, tmp_path):
+FRESH = """
+import json, sys
+from hsenet.cli import main
+
+for command in json.loads(sys.argv[1]):
+    assert main(command) == 0
+    print("END")
+"""
+
+
+def test_a_fresh_process_searches_and_indexes_from_the_hub(index, model, phantoms, rows, tmp_path):
+    shutil.copytree(phantoms, tmp_path / "hub" / "someone" / "phantoms")
     query = ["--text", TEXT, "--volume", rows["train_7_b_1"]["volume"], "-k", "3", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "hsenet.cli", "search", str(model), str(index.folder), *query],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found, expected = json.loads(done.stdout), index.search(TEXT, rows["train_7_b_1"]["volume"], k=3).to_dict()
+    options = ["--splits", "test", "--keep_ids", "--cache_dir", "cache", "--json"]
+    commands = [
+        ["search", str(model), str(index.folder), *query],
+        ["index", str(model), "someone/phantoms", "from_hub", *options],
+    ]
+    with fake_hub.serve(tmp_path / "hub") as (endpoint, _):
+        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", FRESH, json.dumps(commands)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found, info = (json.loads(part) for part in done.stdout.split("END\n")[:2])
+    expected = index.search(TEXT, rows["train_7_b_1"]["volume"], k=3).to_dict()
     for hit, same in zip(found.pop("hits"), expected.pop("hits"), strict=True):
         assert hit.pop("score") == pytest.approx(same.pop("score"), abs=1e-5) and hit == same
     assert found == expected
+    assert info["dataset"]["id"] == f"someone/phantoms@{fake_hub.SHA}"
+    from_hub = SearchIndex.load(tmp_path / "from_hub", index.embedder)
+    local = [row for row in index.dataset if row["split"] == "test"]
+    for row, same in zip(from_hub.dataset, local, strict=True):
+        np.testing.assert_allclose(row.pop("image_embedding"), same.pop("image_embedding"), atol=1e-5)
+        np.testing.assert_allclose(row.pop("text_embedding"), same.pop("text_embedding"), atol=1e-5)
+        assert row == same
 
 
 def test_the_commands_from_a_dataset_to_hits(phantoms, model, index, tmp_path, capsys):
