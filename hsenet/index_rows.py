@@ -61,7 +61,7 @@ def source_id(source: str) -> str | None:
 
 
 def _dataset_rows(source: str, splits: Sequence[str] | None) -> list[dict[str, Any]]:
-    known = get_dataset_split_names(source, "reports", revision=dataset_root(source)[1])
+    known = _known_splits(source)
     if splits is not None:
         _check_splits(splits, known)
     rows = []
@@ -76,7 +76,19 @@ def _dataset_rows(source: str, splits: Sequence[str] | None) -> list[dict[str, A
     return rows
 
 
+def _known_splits(source: str) -> list[str]:
+    try:
+        return get_dataset_split_names(source, "reports", revision=dataset_root(source)[1])
+    except Exception as error:  # of datasets, or of whichever HTTP library the Hub's client is built on
+        raise ValueError(
+            f"Found no dataset with `reports` rows in the given folder or Hub repository ({error}): expected one as "
+            "our build scripts write it, or a .csv or .parquet table of scans."
+        ) from error
+
+
 def _table_rows(table: Path) -> list[dict[str, Any]]:
+    if not table.is_file():
+        raise FileNotFoundError("There is no table at the given place: expected a .csv or .parquet file.")
     rows = []
     for number, entry in enumerate(read_table(Corpus(str(table.resolve().parent)), table.name, TABLE_COLUMNS)):
         value = {name: text_or_none(entry.get(name)) for name in (*TABLE_COLUMNS, *TABLE_TEXTS)}

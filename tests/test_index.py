@@ -467,6 +467,11 @@ def test_errors_are_for_people(phantoms, model, index, tmp_path, capsys):
         (["search", str(other), str(index.folder), "--text", TEXT], "hsenet: The index was made with another model"),
         (["index", str(model), str(phantoms), str(index.folder)], "exists already: remove it"),
         (["index", str(model), str(phantoms), str(tmp_path / "x"), "--splits", "dev"], "no split dev: expected some"),
+        (["index", str(model), str(tmp_path), str(tmp_path / "x")], "hsenet: Found no dataset with `reports` rows"),
+        (
+            ["index", str(model), str(tmp_path / "a.csv"), str(tmp_path / "x")],
+            "hsenet: There is no table at the given",
+        ),
     ):
         assert main(command) == 1
         captured = capsys.readouterr()
