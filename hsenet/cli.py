@@ -3,6 +3,8 @@
 
 hsenet convert KIND SOURCE OUTPUT
 hsenet fingerprint DIR [--check]
+hsenet index MODEL SOURCE OUTPUT
+hsenet search MODEL INDEX [--text TEXT] [--volume SCAN]
 """
 
 import argparse
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from hsenet.cli_index import add_index, add_search
 from hsenet.conversion import convert_clip
 from hsenet.conversion_output import Report
 from hsenet.conversion_slices import BIOMEDCLIP_ID, convert_slice_encoder
@@ -24,11 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_convert(commands.add_parser("convert", help="released weights to a folder that AutoModel loads"))
     _add_fingerprint(commands.add_parser("fingerprint", help="a short hash of what a saved model computes"))
+    add_index(commands.add_parser("index", help="embeddings of a dataset's volumes and reports, to search"))
+    add_search(commands.add_parser("search", help="volumes or reports of an index like a text, a volume or both"))
     arguments = vars(parser.parse_args(argv))
     run: Callable[..., None] = arguments.pop("run")
     try:
         run(**arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"hsenet: {error}", file=sys.stderr)
         return 1
     return 0

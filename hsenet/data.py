@@ -36,7 +36,7 @@ def load_rows(
         max_rows (`int`, *optional*): use only the first.
         question_types: only questions of these types; empty: all.
     """
-    root, revision = _root(dataset)
+    root, revision = dataset_root(dataset)
     # Streamed: the cache that `datasets` keeps of a local folder can hold another folder's rows of the same name.
     rows = load_dataset(dataset, name, split=split, streaming=True, revision=revision)
     if question_types:
@@ -50,7 +50,7 @@ def load_rows(
     return numbered
 
 
-def _root(dataset: str) -> tuple[str, str | None]:
+def dataset_root(dataset: str) -> tuple[str, str | None]:
     """Where the paths of a dataset start, and its revision: its rows and its scans have to be of the same one."""
     if Path(dataset).is_dir():
         return str(Path(dataset)), None

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from hsenet.corpora.volumes import content_hash
 from hsenet.scans import read_scan, scan_identity
 from modeling_hsenet import HSENetVisionModel
 from processing_hsenet import HSENetImageProcessor
@@ -29,7 +30,7 @@ from reading_hsenet import HSENetInputError
 
 
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-PREPROCESSING_VERSION = 1  # raise it when the reader or the image processor gives other tensors for the same scan
+PREPROCESSING_VERSION = 2  # raise it when the reader or the image processor gives other tensors for the same scan
 
 
 class VolumeCache:
@@ -49,17 +50,25 @@ class VolumeCache:
         path = self.path(row["volume_name"])
         if not path.exists():
             return False
+        return self._metadata(path)["source"] == scan_identity(row)
+
+    def content_hash(self, volume_name: str) -> str:
+        """What [`~hsenet.corpora.volumes.content_hash`] says of the scan, before any resampling."""
+        return self._metadata(self.path(volume_name))["content_hash"]
+
+    @staticmethod
+    def _metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
-            return file.metadata()["source"] == scan_identity(row)
+            return file.metadata()
 
     def __getitem__(self, volume_name: str) -> dict[str, torch.Tensor]:
         return {name: tensor.float() for name, tensor in load_file(self.path(volume_name)).items()}
 
-    def write(self, row: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    def write(self, row: dict[str, Any], tensors: dict[str, torch.Tensor], content_hash: str) -> None:
         path = self.path(row["volume_name"])
         unfinished = path.with_suffix(f".{_HOST}-{os.getpid()}.tmp")
         # Not by save_file, whose own unfinished files would stay behind a killed process without a trace of whose.
-        unfinished.write_bytes(save(tensors, metadata={"source": scan_identity(row)}))
+        unfinished.write_bytes(save(tensors, {"source": scan_identity(row), "content_hash": content_hash}))
         unfinished.rename(path)  # a file with the final name is always whole
 
     def remove_orphans(self) -> None:
@@ -78,7 +87,7 @@ class UnreadableVolumesError(HSENetInputError):
 
 
 class _Scans(Dataset):
-    """Rows to preprocessed tensors, or to the reason why there are none."""
+    """Rows to preprocessed tensors and the scan's hash, or to `None` and the reason."""
 
     def __init__(self, rows: Sequence[dict], image_processor: HSENetImageProcessor):
         self.rows = rows
@@ -87,13 +96,14 @@ class _Scans(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[int, dict[str, torch.Tensor] | str]:
+    def __getitem__(self, index: int) -> tuple[int, dict[str, torch.Tensor], str] | tuple[int, None, str]:
         row = self.rows[index]
         try:
-            return index, self.image_processor.process_volume(read_scan(row))
+            scan = read_scan(row)
+            return index, self.image_processor.process_volume(scan), content_hash(scan)
         except HSENetInputError as error:
             # The reader names no file; the row's number in the split tells the owner of the data which it is.
-            return index, f"row {row['row']} of {row['from_split']}: {type(error).__name__}: {error}"
+            return index, None, f"row {row['row']} of {row['from_split']}: {type(error).__name__}: {error}"
 
 
 @torch.no_grad()
@@ -132,15 +142,15 @@ def cache_volumes(
     if slice_encoder is not None:
         slice_encoder = slice_encoder.to(accelerator.device).eval()
     failures = []
-    for index, tensors in tqdm(loader, "volumes", disable=not mine or not accelerator.is_main_process):
-        if isinstance(tensors, str):
-            failures.append(tensors)
+    for index, tensors, note in tqdm(loader, "volumes", disable=not mine or not accelerator.is_main_process):
+        if tensors is None:
+            failures.append(note)
             continue
         cached = {"pixel_values": tensors["pixel_values"].half().contiguous()}
         if slice_encoder is not None:
             pictures = tensors["slice_pixel_values"].to(accelerator.device).unsqueeze(2)
             cached["slice_features"] = slice_encoder(pictures).pooler_output.float().cpu().contiguous()
-        cache.write(mine[index], cached)
+        cache.write(mine[index], cached, content_hash=note)
     failures = gather_object(failures)  # waits for everyone
     _report(failures, len(unique), max_failures, accelerator)
     if missing := len(unique) - len(failures) - len(cache.readable(unique)):
@@ -162,11 +172,16 @@ def _report(failures: list[str], num_volumes: int, max_failures: int, accelerato
         )
 
 
-def _settings_key(image_processor: HSENetImageProcessor, slice_encoder: HSENetVisionModel | None) -> str:
+def preprocessing_settings(image_processor: HSENetImageProcessor) -> dict[str, Any]:
+    """All that decides which tensors a scan becomes, as JSON has it."""
     # Its arguments only: `to_dict` of a loaded processor holds more than that of the same processor before saving.
     parameters = inspect.signature(HSENetImageProcessor.__init__).parameters
     settings = {name: getattr(image_processor, name) for name in parameters if name in vars(image_processor)}
-    settings["version"] = PREPROCESSING_VERSION
+    return json.loads(json.dumps({**settings, "version": PREPROCESSING_VERSION}))
+
+
+def _settings_key(image_processor: HSENetImageProcessor, slice_encoder: HSENetVisionModel | None) -> str:
+    settings = preprocessing_settings(image_processor)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     if slice_encoder is not None:
         # What the weights' names and shapes do not show.
