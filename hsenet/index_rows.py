@@ -102,6 +102,7 @@ def _table_rows(table: Path) -> list[dict[str, Any]]:
                 "volume_name": value["volume_name"] or value["volume"],
                 "study_id": value["study_id"] or value["volume"],
                 "split": value["split"] or TABLE_SPLIT,
+                "from_split": value["split"] or TABLE_SPLIT,
                 "labels": _label_names(entry.get("labels")),
                 "age": age_in_years(entry.get("age")),
                 "sex": sex_or_none(entry.get("sex")),

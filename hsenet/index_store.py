@@ -22,7 +22,6 @@ from hsenet.embedding import Embedder
 from hsenet.index_filters import Columns
 from hsenet.index_rows import load_source, pseudonyms, source_id
 from hsenet.volume_cache import VolumeCache, cache_volumes
-from reading_hsenet import HSENetInputError
 
 
 FILE = "index.json"
@@ -60,12 +59,9 @@ def write_index(
     with finished_folder(output) as folder:
         name = str if keep_ids else pseudonyms(output)
         parts = []
-        for split, rows in rows_of.items():
+        for rows in rows_of.values():
             processor, slice_encoder = embedder.image_processor, embedder.model.slice_encoder
-            try:
-                cache = cache_volumes(rows, processor, slice_encoder, cache_dir, run, num_workers)
-            except HSENetInputError as error:
-                raise type(error)(f"Split {split}: {error}") from None
+            cache = cache_volumes(rows, processor, slice_encoder, cache_dir, run, num_workers)
             parts.append(_columns(rows, cache, embedder, tuple(report_fields), batch_size, name))
         columns = {key: [value for part in parts for value in part[key]] for key in parts[0]}
         dataset = Dataset.from_dict(columns, features=_features(embedder.model.config.projection_dim))

@@ -59,7 +59,7 @@ class VolumeCache:
     @staticmethod
     def _metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
-            return file.metadata()
+            return json.loads(file.metadata()["scan"])
 
     def __getitem__(self, volume_name: str) -> dict[str, torch.Tensor]:
         return {name: tensor.float() for name, tensor in load_file(self.path(volume_name)).items()}
@@ -67,8 +67,10 @@ class VolumeCache:
     def write(self, row: dict[str, Any], tensors: dict[str, torch.Tensor], content_hash: str) -> None:
         path = self.path(row["volume_name"])
         unfinished = path.with_suffix(f".{_HOST}-{os.getpid()}.tmp")
+        # One entry: safetensors writes several in any order, and the same scan should give the same file.
+        metadata = {"scan": json.dumps({"source": scan_identity(row), "content_hash": content_hash})}
         # Not by save_file, whose own unfinished files would stay behind a killed process without a trace of whose.
-        unfinished.write_bytes(save(tensors, {"source": scan_identity(row), "content_hash": content_hash}))
+        unfinished.write_bytes(save(tensors, metadata))
         unfinished.rename(path)  # a file with the final name is always whole
 
     def remove_orphans(self) -> None:
