@@ -12,6 +12,7 @@ Every run is a process of its own with one thread, in turns; the imports are not
 """
 
 import argparse
+import importlib
 import json
 import platform
 import resource
@@ -45,9 +46,8 @@ def draw_phantom(path: Path) -> None:
 
 
 def ours(path: Path) -> Callable[[], np.ndarray]:
-    import nibabel  # noqa: F401  the reader imports it when it needs it
-    from isal import igzip  # noqa: F401
-
+    for name in ("nibabel", "isal.igzip"):  # the reader imports them when it needs them
+        importlib.import_module(name)
     from hsenet import HSENetImageProcessor, read_volume
 
     processor = HSENetImageProcessor(image_size=IMAGE_SIZE, num_slices=NUM_SLICES, slice_size=(SLICE_SIZE, SLICE_SIZE))
