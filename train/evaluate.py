@@ -134,7 +134,7 @@ def cached(rows: list[dict], model: Any, processor: HSENetProcessor, arguments: 
 def write_texts(
     rows: dict[str, list[dict]], arguments: EvaluationArguments, run: Accelerator
 ) -> tuple[dict[str, text.Texts], str, str]:
-    """Task -> system -> texts, with the own, another patient's and no scan; why no other, if so; the model's digest."""
+    """Task -> system -> texts, with the own, another patient's and no scan; why no other's, if so; the digest."""
     model = HSENetForConditionalGeneration.from_pretrained(arguments.model).to(run.device).eval()
     processor = HSENetProcessor.from_pretrained(arguments.model)
     everything = [row for of_task in rows.values() for row in of_task]
@@ -145,7 +145,8 @@ def write_texts(
         conditions[text.OTHER] = (shuffled_rows(everything, arguments.seed), volumes)
     except ValueError as error:  # too few patients, which the verdict will say
         reason = str(error)
-    conditions[text.BLANK] = (everything, BlankVolumes(processor.image_processor, model))
+    blank = BlankVolumes(processor.image_processor, model)
+    conditions[text.BLANK] = (everything, blank)
     written: dict[str, text.Texts] = {task: {} for task in rows}
     for condition, (asked, shown) in conditions.items():
         start = 0
@@ -158,7 +159,11 @@ def write_texts(
             )
             some = asked[start : start + len(of_task)]
             parts = Path(arguments.output_dir) / "parts" / f"{task}_{text.DETAILS[condition]}"
-            written[task][condition] = answers_to(some, model, processor, shown, generation, parts, run)
+            # About a blank scan there is one likeliest answer to a question, whoever it is asked about.
+            once = {row["question"]: row for row in some} if shown is blank and not generation.temperature else {}
+            texts = answers_to(list(once.values()) or some, model, processor, shown, generation, parts, run)
+            by_question = dict(zip(once, texts, strict=False))
+            written[task][condition] = [by_question[row["question"]] for row in some] if once else texts
             start += len(of_task)
     return written, reason, model_digest(model)
 
@@ -190,8 +195,6 @@ def score_text(
     texts, label_floors, best = text.report_floors(task, asked["report"], rows.training, seed)
     texts = {**written["report"], **texts, **neighbours}
     tallies = {"report": {**{system: task.tallies(some) for system, some in texts.items()}, **label_floors}}
-    if best:
-        best["bleu_4"] = dict(tallies["report"])["constant report, best for F1"][0].scores().get("bleu_4")
     facts: dict[str, Any] = {"floors": {"constant_report": best}, **text.details_of(task, rows.questions, written)}
     if rows.questions:
         answers = {**written["vqa"], **question_floors(rows.training_questions, rows.questions, seed)}

@@ -60,7 +60,8 @@ PUBLISHED = (
     "ct_clip_map@10",
     "ct_clip_map@50",
 )
-TASK_TYPES = {"retrieval": "image-text-retrieval", "report": "image-text-to-text", "vqa": "visual-question-answering"}
+# Tasks of the Hub; it has none for retrieval.
+TASK_TYPES = {"retrieval": "feature-extraction", "report": "image-text-to-text", "vqa": "visual-question-answering"}
 Scorer = Callable[[str, Sequence[Tally]], list[Result]]  # (system, tallies) -> results with intervals
 PACKAGES = ("hsenet", "torch", "transformers", "datasets", "sacrebleu", "rouge-score", "nltk", "numpy")
 
