@@ -116,7 +116,7 @@ def test_a_random_embedding_looks_good_as_published_and_is_chance_on_the_honest_
 
 def test_the_honest_score_by_hand():
     labels = np.array([[1, 1, 0], [1, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]])
-    embeds = np.array([[1, 0.0], [1, 0.0], [1, 0.1], [1, 0.2], [1, 0.3]])
+    embeds = np.array([[1, 0.0], [1, 0.0], [1, 0.1], [1, 0.3], [1, 0.5]])
     tally = volume_retrieval_tally(embeds, labels, [0, 0, 1, 2, 3], ks=(1, 50))
     # the siblings find volume 2 (1/2), it finds the first sibling (1/2), volume 3 finds volume 2 (0); volume 4 is out
     assert tally.scores()["mean_jaccard@1"] == pytest.approx((0.5 + 0.5 + 0.5 + 0) / 4)

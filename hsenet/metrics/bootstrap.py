@@ -62,7 +62,8 @@ def compare_runs(
         )
     sums = [_cluster_sums(tally.counts, clusters) for tally in (first, second)]
     one, other = _resample(first, sums, num_resamples, seed)
-    observed = {name: one_score - second.scores()[name] for name, one_score in first.scores().items()}
+    second_scores = second.scores()
+    observed = {name: value - second_scores[name] for name, value in first.scores().items()}
     p_values = _randomisation(first, *sums, observed, num_resamples, seed)
     holm = holm_adjusted(p_values)
     result = {}
