@@ -55,7 +55,7 @@ def test_bleu_coco_is_pycocoevalcap():
 
 
 def test_bleu_coco_is_nltk_up_to_two_conventions():
-    """COCO adds 1e-15 and 1e-9 to the counts (the tenth digit); nltk gives a text without an n-gram one that misses."""
+    """COCO adds 1e-15 and 1e-9 to the counts (the tenth digit); nltk gives a text without an n-gram a miss."""
 
     def both(rows: slice) -> tuple[float, float]:
         said, truth = PREDICTIONS[rows], REFERENCES[rows]

@@ -98,10 +98,10 @@ def verdict_of(
     own, other = {}, {}
     for task, systems in tallies.items():
         for one, two in zip(systems[OWN], systems[OTHER], strict=True):
-            if DECIDING[task] in one.scores():
+            if DECIDING[task] in one.scores() and len(set(patients[task])) > 1:
                 own[task], other[task] = (one, DECIDING[task]), (two, DECIDING[task])
     if not own:
-        return not_tested("no finding occurs in the references, and there are no questions.")
+        return not_tested("it takes findings in the references, or questions, of several patients.")
     pairs = {task: (written[task][OWN], written[task][OTHER]) for task in own}
     return image_verdict(own, other, patients, texts=pairs, num_resamples=num_resamples, seed=seed)
 
