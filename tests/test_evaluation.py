@@ -110,6 +110,7 @@ def test_an_untrained_model_fails_loudly(metrics, workspace):
 def test_the_cards_entries(metrics):
     (entry,) = metrics["model_index"]["model"][:1]
     assert {results["task"]["name"] for results in entry["results"]} == {"report", "vqa"}
+    assert {results["dataset"]["type"] for results in entry["results"]} == {"phantoms"}
     shown = {metric["type"]: metric for results in entry["results"] for metric in results["metrics"]}
     assert shown["bleu-coco.bleu_4"]["config"] == "bleu-coco/1" and len(shown["accuracy"]["args"]["interval_95"]) == 2
     assert (

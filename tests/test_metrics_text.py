@@ -249,7 +249,8 @@ def test_crg_of_saying_nothing_or_everything_is_a_third():
         for predicted in (np.zeros_like(truth), np.ones_like(truth), truth, ~truth)
     ]
     assert crg == pytest.approx([CRG_FLOOR, CRG_FLOOR, 1.0, 0.2])
-    assert math.isnan(findings_tally(truth, np.zeros_like(truth)).scores()["crg"])
+    for undefined in (np.zeros_like(truth), np.ones_like(truth)):
+        assert math.isnan(findings_tally(truth, undefined).scores()["crg"])
 
 
 def test_the_labeller_is_part_of_the_protocol():

@@ -240,6 +240,8 @@ def write_outputs(output: Path, metrics: dict, results: dict[str, list], curves:
 def model_indexes(metrics: dict, results: dict[str, list], arguments: EvaluationArguments) -> dict[str, list]:
     """For each model that was scored, its card's `model-index`."""
     indexes = {}
+    local = Path(arguments.dataset)
+    dataset = local.resolve().name if local.is_dir() else arguments.dataset  # a card shows nobody's folders
     for name in metrics["models"]:
         own = {
             task: [result for result in of_task if result.system == name]
@@ -247,7 +249,7 @@ def model_indexes(metrics: dict, results: dict[str, list], arguments: Evaluation
             if task.split()[0] == name or (name == "model" and task in ("report", "vqa"))
         }
         title = Path(metrics["models"][name]["folder"]).name
-        indexes[name] = model_index(title, own, arguments.dataset, arguments.split)
+        indexes[name] = model_index(title, own, dataset, arguments.split)
     return indexes
 
 

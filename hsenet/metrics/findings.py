@@ -107,4 +107,4 @@ def _crg(hits: np.ndarray, said: np.ndarray, support: np.ndarray, num_reports: n
     hit, false = hits.sum(-1), (said - hits).sum(-1)
     weight = quotient(decisions - positives, 2 * positives, np.nan)
     best = (decisions - positives) / 2
-    return best / (2 * best - (weight * (hit - (positives - hit)) - false))
+    return quotient(best, 2 * best - (weight * (hit - (positives - hit)) - false), np.nan)
