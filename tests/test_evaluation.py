@@ -104,6 +104,7 @@ def test_every_system_stands_beside_the_floors(metrics, workspace):
 
 def test_an_untrained_model_fails_loudly(metrics, workspace):
     assert metrics["verdict"]["depends"] is False
+    assert "### vqa, by type and anatomy" in (workspace / "one/table.md").read_text()
     assert (workspace / "one/table.md").read_text().startswith(f"**{DOES_NOT_DEPEND}")
 
 

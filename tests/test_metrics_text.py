@@ -112,6 +112,14 @@ def test_meteor_without_synonyms_by_hand():
     assert overlap_tally("meteor-nltk-stem", [None, REFERENCES[0]], REFERENCES[:2]).scores()["meteor"] < 0.6
 
 
+def test_meteor_with_wordnet_says_how_to_get_it(monkeypatch, tmp_path):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    with pytest.raises(LookupError, match="nltk.download"):
+        overlap_tally("meteor-nltk", ["a nodule"], ["a nodule"])
+
+
 def test_the_original_precision_and_what_it_hides():
     """HSENet's "BLEU-4": a mean of single precisions without a brevity penalty, so one safe sentence goes far."""
     reference = "The heart is normal in size. There is no pleural effusion. A nodule is seen in the left upper lobe."

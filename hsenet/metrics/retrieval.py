@@ -82,12 +82,13 @@ def recall_curve(
     *,
     study_ids: Sequence[Hashable] | None = None,
     num_points: int = 40,
-) -> dict[str, list[float]]:
-    """`k`, and recall at each k of both directions and of chance, for a figure: from 1 to all, evenly in log k."""
+) -> dict[str, Any]:
+    """`k`, recall at each k of both directions and of chance, from 1 to all evenly in log k, and the `protocol`."""
     ks = np.unique(np.geomspace(1, len(image_embeds), num_points).round().astype(int)).tolist()
     scores = retrieval_metrics(image_embeds, text_embeds, study_ids=study_ids, ks=ks)
     names = ("image_to_text", "text_to_image", "chance")
-    return {"k": ks, **{name: [scores[f"{name}_R@{k}"] for k in ks] for name in names}}
+    curve = {name: [scores[f"{name}_R@{k}"] for k in ks] for name in names}
+    return {"protocol": scores["protocol"], "k": ks, **curve}
 
 
 def _protocol(study_ids: Sequence[Hashable] | None) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -13,15 +14,19 @@ matplotlib.use("Agg")  # before pyplot is imported: figures go to files, a displ
 from matplotlib import pyplot as plt
 
 
-def save_recall_curves(curves: Mapping[str, Mapping[str, list[float]]], path: str | Path) -> None:
-    """Of `recall_curve`, one for each model, both directions, above chance; the candidates on a logarithmic axis."""
-    figure, axis = plt.subplots(figsize=(5.5, 4))
-    for name, curve in curves.items():
-        for direction, style in (("image_to_text", "-"), ("text_to_image", "--")):
-            axis.plot(curve["k"], curve[direction], style, label=f"{name}, {direction.replace('_', ' ')}")
-    axis.plot(curve["k"], curve["chance"], ":", color="gray", label="chance")
-    axis.set(xscale="log", xlabel="candidates looked at (k)", ylabel="recall at k", ylim=(0, 1.02))
-    axis.legend(fontsize=8)
+def save_recall_curves(curves: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """Of `recall_curve`, by model: a panel a protocol, each with its chance; the candidates on a logarithmic axis."""
+    protocols = list(dict.fromkeys(curve["protocol"] for curve in curves.values()))
+    figure, axes = plt.subplots(1, len(protocols), figsize=(5.5 * len(protocols), 4), squeeze=False)
+    for axis, protocol in zip(axes[0], protocols, strict=True):
+        shown = {name: curve for name, curve in curves.items() if curve["protocol"] == protocol}
+        for number, (name, curve) in enumerate(shown.items()):
+            for direction, style in (("image_to_text", "-"), ("text_to_image", "--")):
+                label = f"{name}, {direction.replace('_', ' ')}"
+                axis.plot(curve["k"], curve[direction], style, color=f"C{number}", label=label)
+        axis.plot(curve["k"], curve["chance"], ":", color="gray", label="chance")
+        axis.set(title=protocol, xscale="log", xlabel="candidates looked at (k)", ylabel="recall at k", ylim=(0, 1.02))
+        axis.legend(fontsize=8)
     _save(figure, path)
 
 
@@ -40,7 +45,7 @@ def save_finding_bars(results: Mapping[str, Sequence[Result]], path: str | Path)
     axis.invert_yaxis()
     axis.set(xlabel="F1 (95 % interval by patient)", xlim=(0, 1))
     axis.tick_params(labelsize=8)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(results))
     _save(figure, path)
 
 

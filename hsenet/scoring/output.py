@@ -93,11 +93,17 @@ def plain_results(system: str, scores: dict[str, float], protocol: str) -> list[
 
 
 def tables(task: str, results: Sequence[Result]) -> str:
-    """The task's headline table, and apart from it the scores that exist for published tables only."""
+    """The task's headlines, its accuracies by group, and apart from them what exists for published tables only."""
+    groups = tuple(dict.fromkeys(result.score for result in results if result.score.startswith("accuracy[")))
+    titles = {
+        task: HEADLINES,
+        f"{task}, by type and anatomy": groups,
+        f"{task}, as published elsewhere (don't rank by these)": PUBLISHED,
+    }
+    order = list(dict.fromkeys(result.system for result in results))
     parts = []
-    for title, names in ((task, HEADLINES), (f"{task}, as published elsewhere (don't rank by these)", PUBLISHED)):
-        shown = sorted((r for r in results if r.score in names), key=lambda r: names.index(r.score))
-        order = list(dict.fromkeys(result.system for result in results))
+    for title, names in titles.items():
+        shown = sorted((result for result in results if result.score in names), key=lambda r: names.index(r.score))
         if shown:
             parts.append(f"### {title}\n\n{results_table(sorted(shown, key=lambda r: order.index(r.system)))}")
     return "\n\n".join(parts)

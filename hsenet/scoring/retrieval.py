@@ -21,7 +21,7 @@ class RetrievalScores:
 
     results: dict[str, list[Result]] = field(default_factory=dict)
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    curves: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def score_embeddings(
