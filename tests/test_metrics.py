@@ -31,7 +31,7 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 def test_matching_embeddings_rank_first():
     embeds = np.eye(12)
     scores = retrieval_metrics(embeds * 3, embeds * 0.5)
-    assert scores["protocol"] == "identity" and scores["num_candidates"] == 12
+    assert scores["protocol"] == "retrieval-identity/1" and scores["num_candidates"] == 12
     for direction in DIRECTIONS:
         assert [scores[f"{direction}_{name}"] for name in ("R@1", "R@10", "mean_rank", "median_rank")] == [1, 1, 1, 1]
 
@@ -112,7 +112,7 @@ def test_reconstructions_of_one_study_are_hits_only_under_the_study_protocol():
     identity, study = retrieval_metrics(images, images), retrieval_metrics(images, images, study_ids=studies)
     assert identity["image_to_text_R@1"] == pytest.approx(0.5) and identity["image_to_text_mean_rank"] == 1.5
     assert study["image_to_text_R@1"] == 1.0 and study["image_to_text_mean_rank"] == 1.0
-    assert study["protocol"] == "study" and study["num_studies"] == 6
+    assert study["protocol"] == "retrieval-study/1" and study["num_studies"] == 6
     assert study["chance_R@5"] == pytest.approx(chance_recall(12, 5, positives=2))
 
 
@@ -335,7 +335,7 @@ def test_bleu_by_hand():
     assert scores["bleu_1"] == pytest.approx(math.exp(1 - 6 / 5) * 4 / 5)
     assert scores["bleu_2"] == pytest.approx(math.exp(1 - 6 / 5) * math.sqrt(4 / 5 * 2 / 4))
     assert scores["bleu_3"] == scores["bleu_4"] == 0.0
-    assert "tok:13a|smooth:none" in scores["bleu_signature"]
+    assert scores["bleu_protocol"] == "bleu-13a/1"
 
 
 def test_bleu_is_over_the_corpus_and_knows_case():

@@ -2,32 +2,42 @@
 
     python train/evaluate.py --dataset DIR --stage1 outputs/stage1 --stage2 outputs/stage2 --model outputs/stage3 \
         --output_dir outputs/evaluation
+    accelerate launch --num_processes 8 train/evaluate.py ...       # the same numbers
 
-Any of the three models may be left out. Writes `metrics.json`, `predictions.jsonl` and `table.md`. The floors: chance,
-the best constant report (all findings claimed, and the best training report), the majority answer (of all questions,
-and of each question's type and finding), and the model's own output on shuffled volumes: text that doesn't come from
-the image stays as good there. One volume a study, the first reconstruction.
+Any of the three models may be left out. Writes `metrics.json` (every score with its protocol and its interval by
+patient), `predictions.jsonl`, `table.md`, `model_index.json` (for the models' cards), `ids.txt` (the volumes scored)
+and figures. Batches that are done are kept in `parts/`: a run that was cut off goes on there.
+
+The floors: chance, random and constant reports, the nearest training report, all findings claimed, age and sex alone,
+majority answers; and the model's own output on another patient's and on a blank scan. Text that doesn't come from the
+image stays as good there, and the verdict above the table says so.
 """
 
-import json
-from dataclasses import dataclass, field
+import os
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from hsenet.collators import ContrastiveCollator
-from hsenet.data import REPORT_PROMPTS, VolumeRows, load_rows, one_per_study, report_text
-from hsenet.evaluation import embed, generate_answers
-from hsenet.metrics.labeller import label_vector
-from hsenet.metrics.report import best_constant_report_floor, report_metrics
-from hsenet.metrics.retrieval import retrieval_metrics
-from hsenet.metrics.vqa import majority_answer_floor, vqa_metrics
-from hsenet.phantom import CT_RATE_LABELS
+from hsenet.metrics.labellers import ClassifierLabeller, RuleLabeller
+from hsenet.metrics.table import as_records
+from hsenet.scoring import text
+from hsenet.scoring.figures import save_finding_bars, save_recall_curves
+from hsenet.scoring.floors import nearest_reports, question_floors
+from hsenet.scoring.output import model_index, scorer_of, tables, versions, write_json
+from hsenet.scoring.retrieval import RetrievalScores, score_embeddings
+from hsenet.scoring.rows import EvaluationRows, load_evaluation_rows, patient_of
+from hsenet.scoring.tallies import ReportTask, question_tallies
+from hsenet.scoring.volumes import BlankVolumes, shuffled_rows
+from hsenet.scoring.work import Generation, answers_to, digest, embeddings_of, model_digest
 from hsenet.training import parse_arguments
-from hsenet.volume_cache import VolumeCache, cache_volumes
+from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
 from processing_hsenet import HSENetProcessor
 
@@ -48,185 +58,261 @@ class EvaluationArguments:
     )
     question_types: list[str] = field(default_factory=list, metadata={"help": "Only these questions; empty: all."})
     max_rows: int | None = field(default=None, metadata={"help": "Only the first studies and questions."})
+    ids: str | None = field(default=None, metadata={"help": "File of volume names, one a line: score only these."})
+    all_reconstructions: bool = field(
+        default=False, metadata={"help": "Retrieval over all reconstructions, by index and by study."}
+    )
+    neighbour_rows: int = field(
+        default=500, metadata={"help": "Training studies to take the nearest report from; 0: without this floor."}
+    )
+    overlap: list[str] = field(
+        default_factory=lambda: ["bleu-13a", "bleu-coco", "precision-hsenet", "rouge-l", "meteor-nltk-stem"],
+        metadata={"help": "Protocols of word overlap, see hsenet/metrics/overlap.py."},
+    )
+    labeller: str | None = field(
+        default=None, metadata={"help": "Sequence-classification model that reads findings; default: our rules."}
+    )
+    bert_score_model: str | None = field(default=None, metadata={"help": "Encoder for BERTScore, e.g. roberta-large."})
+    bert_score_layer: int = field(default=17)
+    radeval: list[str] = field(default_factory=list, metadata={"help": "ratescore, radgraph, green: needs RadEval."})
+    baseline: str | None = field(
+        default=None, metadata={"help": "output_dir of another run: paired tests of this one against it."}
+    )
     batch_size: int = field(default=32)
     max_new_tokens: int = field(default=512)
     temperature: float = field(
         default=0.0, metadata={"help": "Of reports; 0: greedy, as in the paper. Answers to questions are greedy."}
     )
     num_workers: int = field(default=0)
-    seed: int = field(default=0, metadata={"help": "Of the shuffled volumes, and of reports that are sampled."})
+    num_resamples: int = field(default=2000, metadata={"help": "Of the bootstrap by patient; 0: no intervals."})
+    seed: int = field(default=0, metadata={"help": "Of swapped volumes, sampled reports, floors and intervals."})
 
 
-def score_retrieval(folder: str, rows: list[dict], arguments: EvaluationArguments, run: Accelerator) -> dict:
+def start() -> Accelerator:
+    # Rank 0 scores, and a slow rank caches scans, while the others wait.
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    run = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[waiting])
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if run.num_processes != launched:
+        raise RuntimeError(f"{launched} processes were launched, but each would score alone: check the launcher.")
+    return run
+
+
+def score_retrieval(
+    stage: str, folder: str, rows: EvaluationRows, arguments: EvaluationArguments, run: Accelerator
+) -> tuple[RetrievalScores, dict[str, list[str]], str]:
+    """The scores, the floor that takes the report of the nearest training scan, and the model's digest."""
     model = HSENetCLIPModel.from_pretrained(folder).to(run.device).eval()
     processor = HSENetProcessor.from_pretrained(folder)
-    cache = cache_volumes(
-        rows, processor.image_processor, model.slice_encoder, arguments.cache_dir, run, arguments.num_workers
-    )
     collator = ContrastiveCollator(processor.tokenizer, model.config.text_config.max_position_embeddings)
-    images, texts = embed(model, VolumeRows(rows, cache), collator, arguments.batch_size)
-    return retrieval_metrics(images, texts, ks=(1, 5, 10))
+    training = rows.training[: arguments.neighbour_rows] if arguments.model else []
+    embeds = {}
+    for name, some in (("volumes", rows.volumes), ("training", training)):
+        if some:
+            parts = Path(arguments.output_dir) / "parts" / f"{stage}_{name}"
+            cache = cached(some, model, processor, arguments, run)
+            embeds[name] = embeddings_of(some, model, collator, cache, arguments.batch_size, parts, run)
+    images, texts = (side.numpy() for side in embeds["volumes"])
+    score = scorer_of([patient_of(row) for row in rows.volumes], arguments.num_resamples, arguments.seed)
+    scores = score_embeddings(stage, rows.volumes, images, texts, score) if run.is_main_process else RetrievalScores()
+    neighbours = {}
+    if training:
+        place = {row["volume_name"]: index for index, row in enumerate(rows.volumes)}
+        studies = images[[place[row["volume_name"]] for row in rows.studies]]
+        reports = [row["text"] for row in training]
+        neighbours[f"nearest training report ({stage})"] = nearest_reports(
+            studies, embeds["training"][0].numpy(), reports
+        )
+    return scores, neighbours, model_digest(model)
 
 
-def shuffled_volumes(rows: list[dict], seed: int) -> list[dict]:
-    """Every study asked about with another study's volume."""
-    names = list(dict.fromkeys(row["volume_name"] for row in rows))
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    names = [names[i] for i in order]
-    other = dict(zip(names, names[1:] + names[:1], strict=True))  # a cycle: nobody keeps their own
-    return [{**row, "volume_name": other[row["volume_name"]]} for row in rows]
+def cached(rows: list[dict], model: Any, processor: HSENetProcessor, arguments: EvaluationArguments, run: Accelerator):
+    settings = (processor.image_processor, model.slice_encoder, arguments.cache_dir, run, arguments.num_workers)
+    return cache_volumes(rows, *settings)
 
 
-def answers_to(
-    rows: list[dict],
-    model: Any,
-    processor: HSENetProcessor,
-    cache: VolumeCache,
-    arguments: EvaluationArguments,
-    temperature: float = 0.0,
-) -> list[str]:
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["question"]))  # less padding
-    dataset = VolumeRows([rows[index] for index in order], cache)
-    torch.manual_seed(arguments.seed)
-    generated = generate_answers(
-        model, processor, dataset, arguments.batch_size, arguments.max_new_tokens, temperature
+def write_texts(
+    rows: dict[str, list[dict]], arguments: EvaluationArguments, run: Accelerator
+) -> tuple[dict[str, text.Texts], str, str]:
+    """Task -> system -> texts, with the own, another patient's and no scan; why no other's, if so; the digest."""
+    model = HSENetForConditionalGeneration.from_pretrained(arguments.model).to(run.device).eval()
+    processor = HSENetProcessor.from_pretrained(arguments.model)
+    everything = [row for of_task in rows.values() for row in of_task]
+    volumes = cached(everything, model, processor, arguments, run)
+    conditions = {text.OWN: (everything, volumes)}
+    reason = ""
+    try:
+        conditions[text.OTHER] = (shuffled_rows(everything, arguments.seed), volumes)
+    except ValueError as error:  # too few patients, which the verdict will say
+        reason = str(error)
+    blank = BlankVolumes(processor.image_processor, model)
+    conditions[text.BLANK] = (everything, blank)
+    written: dict[str, text.Texts] = {task: {} for task in rows}
+    for condition, (asked, shown) in conditions.items():
+        start = 0
+        for task, of_task in rows.items():
+            generation = Generation(
+                arguments.max_new_tokens,
+                arguments.temperature if task == "report" else 0.0,
+                arguments.batch_size,
+                arguments.seed,
+            )
+            some = asked[start : start + len(of_task)]
+            parts = Path(arguments.output_dir) / "parts" / f"{task}_{text.DETAILS[condition]}"
+            # About a blank scan there is one likeliest answer to a question, whoever it is asked about.
+            once = {row["question"]: row for row in some} if shown is blank and not generation.temperature else {}
+            texts = answers_to(list(once.values()) or some, model, processor, shown, generation, parts, run)
+            by_question = dict(zip(once, texts, strict=False))
+            written[task][condition] = [by_question[row["question"]] for row in some] if once else texts
+            start += len(of_task)
+    return written, reason, model_digest(model)
+
+
+def report_task(rows: list[dict], arguments: EvaluationArguments) -> ReportTask:
+    given = all(row.get("labels") for row in rows)
+    bert_score = (arguments.bert_score_model, arguments.bert_score_layer) if arguments.bert_score_model else None
+    return ReportTask(
+        references=[row["answer"] for row in rows],
+        labels=np.array([row["labels"] for row in rows]) if given else None,
+        labeller=ClassifierLabeller(arguments.labeller) if arguments.labeller else RuleLabeller(),
+        overlap=arguments.overlap,
+        bert_score=bert_score,
+        radeval=arguments.radeval,
     )
-    answers = dict(zip(order, (answer for _, answer in generated), strict=True))
-    return [answers[index] for index in range(len(rows))]
 
 
 def score_text(
-    reports: list[dict], questions: list[dict], arguments: EvaluationArguments, run: Accelerator
-) -> tuple[dict, list[dict]]:
-    model = HSENetForConditionalGeneration.from_pretrained(arguments.model).to(run.device).eval()
-    processor = HSENetProcessor.from_pretrained(arguments.model)
-    cache = cache_volumes(
-        reports + questions,
-        processor.image_processor,
-        model.slice_encoder,
-        arguments.cache_dir,
-        run,
-        arguments.num_workers,
-    )
-    fields = tuple(arguments.report_fields)
-    reports = [
-        {**row, "question": REPORT_PROMPTS[0], "answer": report_text(row, fields), "question_type": "report"}
-        for row in reports
-    ]
-    rows = reports + questions
-    settings = (model, processor, cache, arguments)
-    seen, blind = (
-        answers_to(some[: len(reports)], *settings, arguments.temperature)
-        + answers_to(some[len(reports) :], *settings)
-        for some in (rows, shuffled_volumes(rows, arguments.seed))
-    )
-    metrics = {
-        name: {
-            "report": score_reports(answers[: len(reports)], reports),
-            "vqa": score_questions(answers[len(reports) :], questions) if questions else None,
+    rows: EvaluationRows,
+    asked: dict[str, list[dict]],
+    written: dict[str, text.Texts],
+    neighbours: text.Texts,
+    arguments: EvaluationArguments,
+) -> tuple[dict[str, list], dict[str, Any]]:
+    """The results of each task, and what else `metrics.json` holds of them."""
+    resamples, seed = arguments.num_resamples, arguments.seed
+    patients = {task: [patient_of(row) for row in of_task] for task, of_task in asked.items()}
+    task = report_task(asked["report"], arguments)
+    texts, label_floors, best = text.report_floors(task, asked["report"], rows.training, seed)
+    texts = {**written["report"], **texts, **neighbours}
+    tallies = {"report": {**{system: task.tallies(some) for system, some in texts.items()}, **label_floors}}
+    facts: dict[str, Any] = {"floors": {"constant_report": best}, **text.details_of(task, rows.questions, written)}
+    if rows.questions:
+        answers = {**written["vqa"], **question_floors(rows.training_questions, rows.questions, seed)}
+        tallies["vqa"] = {system: question_tallies(some, rows.questions) for system, some in answers.items()}
+        facts["floors"]["majority_answer"] = text.majority_floors(rows.questions, rows.training_questions)
+    results = {
+        name: text.score_systems(systems, scorer_of(patients[name], resamples, seed))
+        for name, systems in tallies.items()
+    }
+    results["report"] += text.diversity_results({**texts, "true reports": list(task.references)})
+    tested = max(resamples, 1000)
+    if text.OTHER in written["report"]:
+        facts["verdict"] = text.verdict_of(tallies, written, patients, tested, seed)
+    if arguments.baseline:
+        theirs = {name: text.read_predictions(arguments.baseline, of_task) for name, of_task in asked.items()}
+        baseline = {"report": task.tallies(theirs["report"])}
+        if rows.questions:
+            baseline["vqa"] = question_tallies(theirs["vqa"], rows.questions)
+        own = {name: systems[text.OWN] for name, systems in tallies.items()}
+        facts["baseline"] = text.compare_with(own, baseline, patients, tested, seed)
+    return results, facts
+
+
+def write_outputs(output: Path, metrics: dict, results: dict[str, list], curves: dict[str, dict]) -> None:
+    write_json(output / "metrics.json", metrics)
+    printed = [metrics["verdict"]["text"]] if "verdict" in metrics else []
+    printed += [tables(task, of_task) for task, of_task in results.items()]
+    if "baseline" in metrics:
+        printed.append(text.comparison_table(metrics["baseline"], metrics["settings"]["baseline"]))
+    (output / "table.md").write_text("\n\n".join(printed) + "\n")
+    if curves:
+        save_recall_curves(curves, output / "recall_curves.png")
+    bars = {
+        system: [result for result in results.get("report", []) if result.system == system]
+        for system in (text.OWN, "all findings claimed")
+    }
+    if any(result.score.startswith("f1[") for result in bars[text.OWN]):
+        save_finding_bars(bars, output / "findings.png")
+    print(f"\n{metrics['num_studies']} held-out studies, {metrics['num_questions']} questions\n")
+    print("\n\n".join(printed) + "\n")
+
+
+def model_indexes(metrics: dict, results: dict[str, list], arguments: EvaluationArguments) -> dict[str, list]:
+    """For each model that was scored, its card's `model-index`."""
+    indexes = {}
+    local = Path(arguments.dataset)
+    dataset = local.resolve().name if local.is_dir() else arguments.dataset  # a card shows nobody's folders
+    for name in metrics["models"]:
+        own = {
+            task: [result for result in of_task if result.system == name]
+            for task, of_task in results.items()
+            if task.split()[0] == name or (name == "model" and task in ("report", "vqa"))
         }
-        for name, answers in (("model", seen), ("shuffled_volumes", blind))
-    }
-    names = ("volume_name", "study_id", "question_type", "question", "answer")
-    predictions = [
-        {**{name: row[name] for name in names}, "prediction": prediction, "prediction_shuffled": shuffled}
-        for row, prediction, shuffled in zip(rows, seen, blind, strict=True)
-    ]
-    return metrics, predictions
-
-
-def reference_labels(rows: list[dict]) -> np.ndarray:
-    """(num_reports, 18): the dataset's labels, or for all what the labeller finds in the references."""
-    if all(row.get("labels") for row in rows):
-        return np.array([row["labels"] for row in rows])
-    return np.array([label_vector(row["answer"]) for row in rows])
-
-
-def score_reports(predictions: list[str], rows: list[dict]) -> dict:
-    labels = reference_labels(rows)
-    occurring = [index for index in range(len(CT_RATE_LABELS)) if labels[:, index].any()]
-    return {
-        **report_metrics(
-            predictions,
-            [row["answer"] for row in rows],
-            reference_labels=labels[:, occurring],
-            labels=[CT_RATE_LABELS[index] for index in occurring],
-        ),
-        "unique_reports": len(set(predictions)) / len(predictions),
-    }
-
-
-def score_questions(predictions: list[str], rows: list[dict]) -> dict:
-    return vqa_metrics(predictions, [row["answer"] for row in rows], [row["question_type"] for row in rows])
-
-
-def floors(reports: list[dict], questions: list[dict], arguments: EvaluationArguments) -> dict:
-    """What is reached without looking at any volume."""
-    train_reports = load_rows(arguments.dataset, "reports", arguments.train_split)
-    fields = tuple(arguments.report_fields)
-    references = [report_text(row, fields) for row in reports]
-    constant = best_constant_report_floor(
-        reference_labels([{**row, "answer": text} for row, text in zip(reports, references, strict=True)]),
-        training_reports=[report_text(row, fields) for row in one_per_study(train_reports)],
-    )
-    bleu = report_metrics([constant["constant_report"]] * len(references), references)["bleu_4"]
-    if not questions:
-        return {"constant_report": {**constant, "bleu_4": bleu}}
-    train_questions = load_rows(arguments.dataset, "vqa", arguments.train_split, None, arguments.question_types)
-    majority = {
-        name: majority_answer_floor(
-            [row["answer"] for row in train_questions],
-            [tuple(row[column] for column in columns) for row in train_questions],
-            [row["answer"] for row in questions],
-            [tuple(row[column] for column in columns) for row in questions],
-        )
-        for name, columns in (("type", ("question_type",)), ("type_and_finding", ("question_type", "label")))
-    }
-    return {"constant_report": {**constant, "bleu_4": bleu}, "majority_answer": majority}
-
-
-def table(metrics: dict) -> str:
-    lines = ["| task | metric | model | shuffled volumes | floor without image |", "|---|---|---|---|---|"]
-    for stage in ("stage1", "stage2"):
-        if stage in metrics:
-            for name in ("image_to_text_R@5", "text_to_image_R@5"):
-                scores = metrics[stage]
-                lines.append(f"| {stage} retrieval | {name} | {scores[name]:.3f} | | {scores['chance_R@5']:.3f} |")
-    if "model" in metrics:
-        constant = metrics["floors"]["constant_report"]
-        best_constant = max(constant["constant_labels_f1_macro"], constant["constant_report_f1_macro"])
-        seen, blind = metrics["model"], metrics["shuffled_volumes"]
-        rows = [("report", "findings_f1_macro", best_constant), ("report", "bleu_4", constant["bleu_4"])]
-        if seen["vqa"]:
-            majority = metrics["floors"]["majority_answer"]
-            rows.append(("vqa", "accuracy", majority["type"]["group_majority_accuracy"]))
-        for task, name, floor in rows:
-            lines.append(f"| {task} | {name} | {seen[task][name]:.3f} | {blind[task][name]:.3f} | {floor:.3f} |")
-    return "\n".join(lines)
+        title = Path(metrics["models"][name]["folder"]).name
+        indexes[name] = model_index(title, own, dataset, arguments.split)
+    return indexes
 
 
 def main(arguments: EvaluationArguments) -> None:
-    run = Accelerator(cpu=not torch.accelerator.is_available())
-    reports = one_per_study(load_rows(arguments.dataset, "reports", arguments.split))[: arguments.max_rows]
-    questions = []
-    if arguments.model and "vqa" in arguments.tasks:
-        questions = load_rows(arguments.dataset, "vqa", arguments.split, arguments.max_rows, arguments.question_types)
-    metrics: dict[str, Any] = {"split": arguments.split, "num_studies": len(reports), "num_questions": len(questions)}
-    for stage in ("stage1", "stage2"):
-        if folder := getattr(arguments, stage):
-            rows = [{**row, "text": report_text(row, tuple(arguments.report_fields))} for row in reports]
-            metrics[stage] = score_retrieval(folder, rows, arguments, run)
-    predictions = []
-    if arguments.model:
-        metrics["floors"] = floors(reports, questions, arguments)
-        scores, predictions = score_text(reports, questions, arguments, run)
-        metrics.update(scores)
+    run = start()
+    rows = load_evaluation_rows(
+        arguments.dataset,
+        arguments.split,
+        arguments.train_split,
+        fields=tuple(arguments.report_fields),
+        with_questions=bool(arguments.model) and "vqa" in arguments.tasks,
+        question_types=arguments.question_types,
+        all_reconstructions=arguments.all_reconstructions,
+        ids=arguments.ids,
+        max_rows=arguments.max_rows,
+    )
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2))
-    (output / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in predictions))
-    (output / "table.md").write_text(table(metrics) + "\n")
-    print(f"\n{len(reports)} held-out studies, {len(questions)} questions\n\n{table(metrics)}\n")
+    ids = [row["volume_name"] for row in rows.volumes]
+    metrics: dict[str, Any] = {
+        "dataset": arguments.dataset,
+        "split": arguments.split,
+        "num_studies": len(rows.studies),
+        "num_questions": len(rows.questions),
+        "num_patients": len({patient_of(row) for row in rows.studies}),
+        "ids_digest": digest(ids),
+        "settings": asdict(arguments),
+        "versions": versions(),
+        "models": {},
+    }
+    results: dict[str, list] = {}
+    curves: dict[str, dict] = {}
+    neighbours: text.Texts = {}
+
+    # Retrieval
+    for stage in ("stage1", "stage2"):
+        if folder := getattr(arguments, stage):
+            scores, nearest, sha = score_retrieval(stage, folder, rows, arguments, run)
+            metrics["models"][stage] = {"folder": folder, "sha256": sha}
+            metrics.update(scores.metrics)
+            results.update(scores.results)
+            curves.update(scores.curves)
+            neighbours.update(nearest)
+
+    # Reports and answers
+    asked = {task: some for task, some in (("report", rows.studies), ("vqa", rows.questions)) if some}
+    if arguments.model:
+        written, reason, sha = write_texts(asked, arguments, run)
+        metrics["models"]["model"] = {"folder": arguments.model, "sha256": sha}
+        if run.is_main_process:
+            text.write_predictions(output / "predictions.jsonl", asked, written)
+            of_text, facts = score_text(rows, asked, written, neighbours, arguments)
+            metrics.update({"verdict": text.not_tested(reason), **facts} if reason else facts)
+            results.update(of_text)
+
+    if run.is_main_process:
+        metrics["results"] = {task: as_records(of_task) for task, of_task in results.items()}
+        metrics["model_index"] = model_indexes(metrics, results, arguments)
+        (output / "ids.txt").write_text("\n".join(ids) + "\n")
+        write_json(output / "model_index.json", metrics["model_index"])
+        write_outputs(output, metrics, results, curves)
+    run.wait_for_everyone()
+    run.end_training()
 
 
 if __name__ == "__main__":

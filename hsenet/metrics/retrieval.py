@@ -1,10 +1,12 @@
-"""Cross-modal retrieval metrics: recall at k and ranks between volumes and reports, in both directions.
+"""Cross-modal retrieval metrics: recall at k, mean rank and MRR between volumes and reports, in both directions.
 
     retrieval_metrics(image_embeds, text_embeds)                        # protocol "identity": row i matches row i
     retrieval_metrics(image_embeds, text_embeds, study_ids=study_ids)   # protocol "study": any row of the same study
+    retrieval_tally(image_embeds, text_embeds, study_ids=study_ids)     # the same scores, for intervals and tests
 
 The two protocols are not comparable: CT-RATE has about two reconstructions per report, and under "identity" (the
-one of the published tables) a perfect model finds the wrong sibling half of the time. The result names its protocol.
+published tables', but for how ties are broken) a perfect model finds the wrong sibling half of the time. The result
+names its protocol.
 """
 
 from collections.abc import Hashable, Sequence
@@ -13,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from .tally import Tally, mean_tally
+
 
 TIE_TOLERANCE = 1e-9  # cosines nearer than this are equal: 64-bit rounding depends on a row's place in the product
-QUERY_BLOCK = 1024  # queries scored at once, so that memory stays linear in the number of candidates
+QUERY_BLOCK = 256  # queries scored at once, so that memory stays linear in the number of candidates
 
 
 def retrieval_metrics(
@@ -26,12 +30,13 @@ def retrieval_metrics(
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, Any]:
     """
-    Recall at k, mean and median rank, image to text and text to image, by cosine similarity in float64.
+    Recall at k, mean and median rank, MRR, image to text and text to image, by cosine similarity in float64.
 
     Every row is a query and every row of the other side is a candidate; nothing is deduplicated or dropped. A query's
     rank is that of its best-placed match. Ties are broken at random *in expectation*, without a random number: recall
-    at k is the probability that a match is among the first k, the rank is the expected rank. So a constant embedding
-    scores exactly `chance_R@k`, whatever the order of the rows. The median is that of the expected ranks.
+    at k is the probability that a match is among the first k, the rank is the expected rank, the reciprocal rank the
+    expected reciprocal. So a constant embedding scores exactly `chance_...`, whatever the order of the rows. The
+    median is that of the expected ranks.
 
     Args:
         image_embeds: `(num_items, dim)`, normalised here.
@@ -40,10 +45,63 @@ def retrieval_metrics(
         ks: The cut-offs. Where k is at least the number of candidates, recall and chance are both 1.
 
     Returns:
-        `image_to_text_R@k`, `text_to_image_R@k` (fractions), `..._mean_rank`, `..._median_rank` (1 is best),
-        `chance_R@k` (a random ranking under the same protocol), `protocol`, `num_candidates`, and `num_studies`
-        under the study protocol.
+        `image_to_text_R@k`, `text_to_image_R@k` (fractions), `..._mrr`, `..._mean_rank`, `..._median_rank` (1 is
+        best), `chance_R@k` and `chance_mrr` (a random ranking under the same protocol), `protocol`, `num_candidates`,
+        and `num_studies` under the study protocol.
     """
+    ranks, studies = _ranks(image_embeds, text_embeds, study_ids, ks)
+    result: dict[str, Any] = {
+        "protocol": _protocol(study_ids),
+        "num_candidates": len(studies),
+    }
+    if study_ids is not None:
+        result["num_studies"] = int(studies.max()) + 1
+    for direction, of_queries in ranks.items():
+        for name, values in of_queries.items():
+            result[f"{direction}_{name}"] = float(np.mean(values))
+        result[f"{direction}_median_rank"] = float(np.median(of_queries["mean_rank"]))
+    return {**result, **_chance(studies, ks)}
+
+
+def retrieval_tally(
+    image_embeds: np.ndarray | torch.Tensor,
+    text_embeds: np.ndarray | torch.Tensor,
+    *,
+    study_ids: Sequence[Hashable] | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+) -> Tally:
+    """The means of `retrieval_metrics` with what each query adds; the protocol says how large the gallery is."""
+    ranks, studies = _ranks(image_embeds, text_embeds, study_ids, ks)
+    values = {f"{direction}_{name}": column for direction, of in ranks.items() for name, column in of.items()}
+    return mean_tally(f"{_protocol(study_ids)}[{len(studies)} candidates]", values)
+
+
+def recall_curve(
+    image_embeds: np.ndarray | torch.Tensor,
+    text_embeds: np.ndarray | torch.Tensor,
+    *,
+    study_ids: Sequence[Hashable] | None = None,
+    num_points: int = 40,
+) -> dict[str, Any]:
+    """`k`, recall at each k of both directions and of chance, from 1 to all evenly in log k, and the `protocol`."""
+    ks = np.unique(np.geomspace(1, len(image_embeds), num_points).round().astype(int)).tolist()
+    scores = retrieval_metrics(image_embeds, text_embeds, study_ids=study_ids, ks=ks)
+    names = ("image_to_text", "text_to_image", "chance")
+    curve = {name: [scores[f"{name}_R@{k}"] for k in ks] for name in names}
+    return {"protocol": scores["protocol"], "k": ks, **curve}
+
+
+def _protocol(study_ids: Sequence[Hashable] | None) -> str:
+    return "retrieval-identity/1" if study_ids is None else "retrieval-study/1"
+
+
+def _ranks(
+    image_embeds: np.ndarray | torch.Tensor,
+    text_embeds: np.ndarray | torch.Tensor,
+    study_ids: Sequence[Hashable] | None,
+    ks: Sequence[int],
+) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray]:
+    """Direction: score: what each query has, `(num_items,)`; and the study number of each row."""
     images, texts = _unit_rows(image_embeds, "image_embeds"), _unit_rows(text_embeds, "text_embeds")
     if images.shape != texts.shape:
         raise ValueError(
@@ -53,23 +111,22 @@ def retrieval_metrics(
     if any(k < 1 for k in ks):
         raise ValueError(f"Each k must be at least 1, got {tuple(ks)}.")
     studies = _study_numbers(study_ids, len(images))
-    result: dict[str, Any] = {
-        "protocol": "identity" if study_ids is None else "study",
-        "num_candidates": len(images),
-    }
-    if study_ids is not None:
-        result["num_studies"] = int(studies.max()) + 1
+    result = {}
     for direction, queries, candidates in (("image_to_text", images, texts), ("text_to_image", texts, images)):
         better, tied, tied_matches = _tie_counts(queries, candidates, studies)
-        for k in ks:
-            result[f"{direction}_R@{k}"] = float(np.mean(_hit_probability(tied, k - better, tied_matches)))
-        ranks = better + (tied + 1) / (tied_matches + 1)  # expected position of the first of the tied matches
-        result[f"{direction}_mean_rank"] = float(np.mean(ranks))
-        result[f"{direction}_median_rank"] = float(np.median(ranks))
-    matches = np.bincount(studies)[studies]
-    for k in ks:
-        result[f"chance_R@{k}"] = float(np.mean(_hit_probability(np.full(len(images), len(images)), k, matches)))
-    return result
+        result[direction] = {f"R@{k}": _hit_probability(tied, k - better, tied_matches) for k in ks}
+        # Expected position, and expected reciprocal of the position, of the first of the tied matches.
+        result[direction]["mean_rank"] = better + (tied + 1) / (tied_matches + 1)
+        result[direction]["mrr"] = _reciprocal_rank(better, tied, tied_matches)
+    return result, studies
+
+
+def _chance(studies: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
+    """A random ranking: every candidate tied with every other."""
+    matches, all_tied = np.bincount(studies)[studies], np.full(len(studies), len(studies))
+    chance = {f"chance_R@{k}": float(np.mean(_hit_probability(all_tied, k, matches))) for k in ks}
+    mrr = _reciprocal_rank(np.zeros(len(studies), dtype=int), all_tied, matches)
+    return {**chance, "chance_mrr": float(np.mean(mrr))}
 
 
 def chance_recall(num_candidates: int, k: int, positives: int = 1) -> float:
@@ -127,3 +184,18 @@ def _hit_probability(tied: np.ndarray, places: np.ndarray | int, matches: np.nda
     for i in range(int(matches.max())):
         missed *= np.where(i < matches, np.clip(tied - drawn - i, 0, None) / np.maximum(tied - i, 1), 1.0)
     return 1.0 - missed
+
+
+def _reciprocal_rank(better: np.ndarray, tied: np.ndarray, matches: np.ndarray) -> np.ndarray:
+    """Expected reciprocal rank of the first of `matches` among `tied` shuffled items that follow `better` others."""
+    cases, index = np.unique(np.stack([better, tied, matches], axis=1), axis=0, return_inverse=True)
+    return np.array([_expected_reciprocal(*case) for case in cases.tolist()])[index.reshape(-1)]
+
+
+def _expected_reciprocal(better: int, tied: int, matches: int) -> float:
+    places = np.arange(1, tied - matches + 2)
+    if len(places) == 1:
+        return 1 / (better + 1)
+    # The first match is at place j: none of the j - 1 items before is one, the next is.
+    none_before = np.cumprod(np.append(1.0, 1 - matches / (tied - places[:-1] + 1)))
+    return float(np.sum(none_before * matches / (tied - places + 1) / (better + places)))

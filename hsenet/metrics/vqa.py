@@ -1,24 +1,88 @@
-"""Visual question answering metrics: exact match by question type, and the floors that need no image.
+"""Visual question answering metrics: exact, set and major-class accuracy, and the floors that need no image.
 
     vqa_metrics(predictions, answers, question_types)
+    vqa_tally(predictions, answers, {"type": question_types, "anatomy": anatomies})    # for intervals and tests
     majority_answer_floor(train_answers, train_types, answers, types)   # print it beside every accuracy
 
-Exact match is strict on purpose: the substring tests in use elsewhere count an empty answer as correct.
+Exact match is strict on purpose: the substring tests in use elsewhere count an empty answer as correct. The original's
+"major class accuracy" is such a test; it is here under its own name, `major_class_hsenet_tally`. Multiple choice is in
+`options.py`.
 """
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .tally import Tally, mean_tally
+
 
 NORMALISATION = "strip, lower case, whitespace collapsed, trailing periods removed"
+PARTS = re.compile(r"\s*(?:[,;/]|\band\b)\s*")
 
 
 def normalise_answer(answer: str | None) -> str:
     """Strip, lower-case, collapse whitespace, remove trailing periods; `None` is the empty answer. Nothing else."""
     return " ".join((answer or "").lower().split()).rstrip(". ")
+
+
+def answer_set(answer: str | None) -> frozenset[str]:
+    """The parts of an answer, whatever their order: "left lung, pleura" and "Pleura and left lung." are one set."""
+    return frozenset(part for part in PARTS.split(normalise_answer(answer)) if part)
+
+
+def major_class(answer: str | None) -> str:
+    """What stands before the first "/" of a hierarchical answer: "lung" of "Lung/left lung/upper lobe"."""
+    return normalise_answer(normalise_answer(answer).split("/")[0])
+
+
+def vqa_tally(
+    predictions: Sequence[str | None],
+    answers: Sequence[str],
+    groups: Mapping[str, Sequence[Hashable | None]] | None = None,
+) -> Tally:
+    """
+    `accuracy` (exact), `set_accuracy` (same parts), `set_f1` (mean overlap of the parts), `major_class_accuracy`
+    (equal, not contained), and `accuracy[GROUP=VALUE]` for the values of each group, such as type or anatomy.
+
+    A missing (`None`) or empty prediction is wrong and stays in the denominator; an empty answer is a data error.
+    """
+    _check_lengths(predictions=predictions, answers=answers)
+    correct = np.array(_correct(predictions, answers), dtype=float)
+    said, truth = [answer_set(text) for text in predictions], [answer_set(text) for text in answers]
+    values = {
+        "accuracy": correct,
+        "set_accuracy": [bool(one) and one == other for one, other in zip(said, truth, strict=True)],
+        "set_f1": [
+            2 * len(one & other) / (len(one) + len(other)) if one else 0.0
+            for one, other in zip(said, truth, strict=True)
+        ],
+        "major_class_accuracy": [
+            bool(major_class(text)) and major_class(text) == major_class(answer)
+            for text, answer in zip(predictions, answers, strict=True)
+        ],
+    }
+    for name, members in (groups or {}).items():
+        _check_lengths(**{name: members, "answers": answers})
+        for value in sorted({member for member in members if member is not None}, key=str):
+            inside = np.array([member == value for member in members])
+            values[f"accuracy[{name}={value}]"] = np.where(inside, correct, np.nan)
+    return mean_tally("vqa-exact/1", values)
+
+
+def major_class_hsenet_tally(predictions: Sequence[str | None], answers: Sequence[str]) -> Tally:
+    """
+    HSENet's "major class accuracy": right where the prediction up to its first "/" is *contained* in the answer.
+
+    An empty answer, "a" or "/anything" is always right, and "heart" is right for everything that mentions a heart. For
+    comparison with published numbers only; `major_class_accuracy` of `vqa_tally` is the honest one.
+    """
+    _check_lengths(predictions=predictions, answers=answers)
+    pairs = zip(predictions, answers, strict=True)
+    hits = [(text or "").strip().split("/")[0].lower() in answer.lower() for text, answer in pairs]
+    return mean_tally("major-class-hsenet/1", {"major_class_hsenet": hits})
 
 
 def vqa_metrics(
@@ -31,22 +95,23 @@ def vqa_metrics(
     is wrong and stays in the denominator; an empty answer is a data error.
 
     Returns:
-        `accuracy`, `num_questions`, `num_empty_predictions`, `normalisation`; with `question_types` also
-        `accuracy_macro`, `accuracy_by_type` and `num_by_type`.
+        `accuracy`, `set_accuracy`, `set_f1`, `major_class_accuracy` (see `vqa_tally`), `num_questions`,
+        `num_empty_predictions`, `normalisation`, `protocol`; with `question_types` also `accuracy_macro`,
+        `accuracy_by_type` and `num_by_type`.
     """
-    _check_lengths(predictions=predictions, answers=answers)
-    correct = _correct(predictions, answers)
+    tally = vqa_tally(predictions, answers)
     result: dict[str, Any] = {
-        "accuracy": float(np.mean(correct)),
+        **tally.scores(),
         "num_questions": len(answers),
         "num_empty_predictions": sum(not normalise_answer(prediction) for prediction in predictions),
         "normalisation": NORMALISATION,
+        "protocol": tally.protocol,
     }
     if question_types is None:
         return result
     _check_lengths(question_types=question_types, answers=answers)
     by_type: dict[Hashable, list[bool]] = defaultdict(list)
-    for question_type, is_correct in zip(question_types, correct, strict=True):
+    for question_type, is_correct in zip(question_types, _correct(predictions, answers), strict=True):
         by_type[question_type].append(is_correct)
     result["accuracy_by_type"] = {name: float(np.mean(by_type[name])) for name in sorted(by_type, key=str)}
     result["num_by_type"] = {name: len(by_type[name]) for name in sorted(by_type, key=str)}

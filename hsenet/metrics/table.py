@@ -1,0 +1,62 @@
+"""Tables of results, one protocol a column: numbers that cannot be compared never stand under each other."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    One number of one system.
+
+    Args:
+        system: what was scored: a model, a floor.
+        score: the score's name.
+        protocol: of the tally it comes from.
+        low, high: its interval, if it has one.
+    """
+
+    system: str
+    score: str
+    value: float
+    protocol: str
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def results_table(results: Sequence[Result]) -> str:
+    """
+    Markdown: a row for each system, a column for each score, and the protocol of each column below.
+
+    Raises:
+        ValueError: a column would hold two protocols, or a cell two numbers.
+    """
+    protocols: dict[str, str] = {}
+    cells: dict[tuple[str, str], Result] = {}
+    for result in results:
+        if protocols.setdefault(result.score, result.protocol) != result.protocol:
+            raise ValueError(
+                f"{result.score} would mix protocols in one column: {protocols[result.score]} and {result.protocol}. "
+                "They are not comparable: print two tables."
+            )
+        if cells.setdefault((result.system, result.score), result) is not result:
+            raise ValueError(f"{result.system} has two values of {result.score}.")
+    systems = list(dict.fromkeys(result.system for result in results))
+    lines = ["| | " + " | ".join(protocols) + " |", "|---" * (len(protocols) + 1) + "|"]
+    for system in systems:
+        row = [str(cells.get((system, score), "–")) for score in protocols]
+        lines.append(f"| {system} | " + " | ".join(row) + " |")
+    by_protocol: dict[str, list[str]] = {}
+    for score, protocol in protocols.items():
+        by_protocol.setdefault(protocol, []).append(score)
+    notes = [f"`{protocol}`: {', '.join(scores)}" for protocol, scores in by_protocol.items()]
+    return "\n".join([*lines, "", "Protocols: " + "; ".join(notes) + "."])
+
+
+def as_records(results: Sequence[Result]) -> list[dict]:
+    return [asdict(result) for result in results]
