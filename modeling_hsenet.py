@@ -85,6 +85,21 @@ class HSENetImageFeatures(BaseModelOutputWithPooling):
 
 
 @dataclass
+class HSENetPatchFeatures(ModelOutput):
+    """
+    Args:
+        global_patch_features (`torch.Tensor` of shape `(num_volumes, num_patches, hidden_size)`, *optional*):
+            What the global encoder says of each patch, without CLS.
+        local_patch_features (`torch.Tensor` of shape `(num_volumes, num_patches, hidden_size)`, *optional*).
+        patch_scores (`torch.Tensor` of shape `(num_volumes, *grid_size)`, *optional*): of the local encoder.
+    """
+
+    global_patch_features: torch.Tensor | None = None
+    local_patch_features: torch.Tensor | None = None
+    patch_scores: torch.Tensor | None = None
+
+
+@dataclass
 class HSENetModelOutputWithPast(BaseModelOutputWithPast):
     """
     Args:
@@ -101,7 +116,8 @@ class HSENetCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): next-token cross-entropy over the labels that are not -100.
-        logits (`torch.Tensor` of shape `(batch, sequence_length, vocab_size)`).
+        logits (`torch.Tensor` of shape `(batch, sequence_length, vocab_size)`, *optional*):
+            Left out while training with labels, unless `skip_logits=False`.
         image_hidden_states (`torch.Tensor` of shape `(num_volumes, image_seq_length, text_hidden_size)`, *optional*).
         patch_scores (`torch.Tensor` of shape `(num_volumes, *grid_size)`, *optional*):
             With `output_patch_scores=True`: the slices' weight on each patch of the local encoder.
@@ -610,6 +626,23 @@ class HSENetModel(HSENetSliceGuidedModel):
             slice_pixel_values (`torch.Tensor` of shape `(num_volumes, num_slices, 3, height, width)`, *optional*).
             slice_features (`torch.Tensor` of shape `(num_volumes, num_slices, slice_hidden_size)`, *optional*).
         """
+        features = self.get_patch_features(pixel_values, slice_pixel_values, slice_features)
+        packed = self.multi_modal_projector(features.global_patch_features, features.local_patch_features)
+        return HSENetImageFeatures(pooler_output=packed, patch_scores=features.patch_scores)
+
+    def get_patch_features(
+        self,
+        pixel_values: torch.Tensor,
+        slice_pixel_values: torch.Tensor | None = None,
+        slice_features: torch.Tensor | None = None,
+    ) -> HSENetPatchFeatures:
+        """
+        What the packers read. With frozen encoders and volumes that stay the same, it can be computed once: `forward`
+        takes it in place of the volumes.
+
+        Args:
+            pixel_values, slice_pixel_values, slice_features: see [`~HSENetModel.get_image_features`].
+        """
         global_states = local_states = patch_scores = None
         if self.global_encoder is not None:
             global_states = self.global_encoder(pixel_values).last_hidden_state[:, 1:]  # patches without CLS
@@ -617,8 +650,24 @@ class HSENetModel(HSENetSliceGuidedModel):
             slice_features = self._slice_features(slice_pixel_values, slice_features)
             local_outputs = self.local_encoder(pixel_values, slice_features)
             local_states, patch_scores = local_outputs.last_hidden_state[:, 1:], local_outputs.patch_scores
-        packed = self.multi_modal_projector(global_states, local_states)
-        return HSENetImageFeatures(pooler_output=packed, patch_scores=patch_scores)
+        return HSENetPatchFeatures(global_states, local_states, patch_scores)
+
+    def _pack_cached(
+        self, global_patch_features: torch.Tensor | None, local_patch_features: torch.Tensor | None
+    ) -> HSENetImageFeatures:
+        for name, encoder, features in (
+            ("global_patch_features", self.global_encoder, global_patch_features),
+            ("local_patch_features", self.local_encoder, local_patch_features),
+        ):
+            expected = (encoder.config.num_patches, encoder.config.hidden_size) if encoder is not None else None
+            if expected != (tuple(features.shape[1:]) if features is not None else None):
+                raise ValueError(
+                    f"Expected {name} {'for' if expected else 'to be None without'} the model's encoder"
+                    f"{f' of shape (num_volumes, {expected[0]}, {expected[1]})' if expected else ''}, got "
+                    f"{'None' if features is None else tuple(features.shape)}: take them from get_patch_features."
+                )
+        packed = self.multi_modal_projector(global_patch_features, local_patch_features)
+        return HSENetImageFeatures(pooler_output=packed)
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -647,17 +696,24 @@ class HSENetModel(HSENetSliceGuidedModel):
         inputs_embeds: torch.Tensor | None = None,
         slice_pixel_values: torch.Tensor | None = None,
         slice_features: torch.Tensor | None = None,
+        global_patch_features: torch.Tensor | None = None,
+        local_patch_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         **kwargs,
     ) -> HSENetModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        is_cached = global_patch_features is not None or local_patch_features is not None
+        if is_cached and pixel_values is not None:
+            raise ValueError("Pass pixel_values or cached patch features, not both.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         # generate() encodes the volumes once, before it copies the inputs for beams, and hands them over here.
         image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs is not None else None
         if image_outputs is None and pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, slice_pixel_values, slice_features)
+        if image_outputs is None and is_cached:
+            image_outputs = self._pack_cached(global_patch_features, local_patch_features)
         if image_outputs is not None:
             image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
@@ -715,6 +771,10 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
         """As [`HSENetModel.get_image_features`]."""
         return self.model.get_image_features(*args, **kwargs)
 
+    def get_patch_features(self, *args, **kwargs) -> HSENetPatchFeatures:
+        """As [`HSENetModel.get_patch_features`]."""
+        return self.model.get_patch_features(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -726,8 +786,11 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         slice_pixel_values: torch.Tensor | None = None,
         slice_features: torch.Tensor | None = None,
+        global_patch_features: torch.Tensor | None = None,
+        local_patch_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         output_patch_scores: bool = False,
         **kwargs,
     ) -> HSENetCausalLMOutputWithPast:
@@ -738,8 +801,13 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
             attention_mask (`torch.Tensor` of shape `(batch, sequence_length)`, *optional*).
             pixel_values, slice_pixel_values, slice_features (*optional*): see [`~HSENetModel.get_image_features`].
             labels (`torch.Tensor` of shape `(batch, sequence_length)`, *optional*): -100 where there is no loss.
+            global_patch_features, local_patch_features (*optional*):
+                From [`~HSENetModel.get_patch_features`], instead of the volumes: the encoders don't run.
             mm_encoder_outputs (`dict`, *optional*): `{"image": get_image_features(...)}`, instead of the volumes.
-            logits_to_keep (`int`): compute only the last so many logits; 0: all.
+            logits_to_keep (`int` or `torch.Tensor`): so many last logits, or those at these positions; 0: all.
+            skip_logits (`bool`, *optional*):
+                Whether the output goes without logits. The loss needs them only where there are labels, and a prompt's
+                would take most of the memory. By default true while training with labels.
             output_patch_scores (`bool`): whether to return the slices' weights on the patch grid.
         """
         outputs = self.model(
@@ -750,14 +818,19 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             slice_pixel_values=slice_pixel_values,
             slice_features=slice_features,
+            global_patch_features=global_patch_features,
+            local_patch_features=local_patch_features,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])  # -0 keeps all
-        logits = _scale_logits(logits, self.config.text_config)
-        loss = None
+        loss = logits = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+            loss = self._answer_loss(outputs.last_hidden_state, labels, **kwargs)
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        if not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # -0 keeps all
+            logits = self._logits(outputs.last_hidden_state[:, kept])
         return HSENetCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -766,6 +839,18 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             patch_scores=outputs.patch_scores if output_patch_scores else None,
+        )
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return _scale_logits(self.lm_head(hidden_states), self.config.text_config)
+
+    def _answer_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Only positions whose next token has a label meet the vocabulary: `(num_labels, vocab_size)` logits."""
+        targets = labels[:, 1:].to(hidden_states.device)
+        has_label = targets != -100
+        logits = self._logits(hidden_states[:, :-1][has_label])
+        return self.loss_function(
+            logits=logits, labels=None, shift_labels=targets[has_label], vocab_size=logits.shape[-1], **kwargs
         )
 
     def prepare_inputs_for_generation(
@@ -787,10 +872,19 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         # Once the prompt is in the cache the volumes are too; without a cache every step reads them again.
         if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
-            for name in ("pixel_values", "slice_pixel_values", "slice_features", "mm_encoder_outputs"):
+            for name in _VOLUME_INPUTS:
                 model_inputs.pop(name, None)
         return model_inputs
 
+
+_VOLUME_INPUTS = (
+    "pixel_values",
+    "slice_pixel_values",
+    "slice_features",
+    "global_patch_features",
+    "local_patch_features",
+    "mm_encoder_outputs",
+)
 
 # Families whose language-model head cannot be rebuilt from `AutoModel` and one bias-free linear layer.
 _TEXT_MODELS_WITH_OTHER_HEADS = ("phi", "codegen", "gptj")

@@ -48,7 +48,7 @@ def evaluate_language_loss(
     for batch in DataLoader(dataset, batch_size, collate_fn=collator):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         num_targets = (batch["labels"][:, 1:] != -100).sum().item()
-        total += model(**batch).loss.item() * num_targets
+        total += model(**batch, skip_logits=True).loss.item() * num_targets
         count += num_targets
     return {"loss": total / count}
 

@@ -371,6 +371,95 @@ def test_loss_is_the_shifted_cross_entropy(model, batch):
     assert scores.shape == (2, 4, 4, 4) and scores.std() > 0.01
 
 
+def test_training_keeps_no_logits_and_has_the_loss_and_gradients_of_all_positions(batch):
+    """Answer positions alone meet the vocabulary; the full form is the cross-entropy over all logits."""
+    model = tiny.generation_model()
+    labels = batch["input_ids"].clone()
+    labels[0, :30] = -100
+    labels[1, :40] = -100
+    logits = model(**batch).logits[:, :-1]
+    full = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:])
+    full.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    sizes = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
+    outputs = model(**batch, labels=labels, skip_logits=True)
+    outputs.loss.backward()
+    assert outputs.logits is None
+    assert sizes == [(labels[:, 1:] != -100).sum() * model.config.text_config.vocab_size]
+    torch.testing.assert_close(outputs.loss, full)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert model.train()(**batch, labels=labels).logits is None
+    assert model(**batch, labels=labels, skip_logits=False).logits.shape[:2] == labels.shape
+    assert model(**batch).logits is not None
+
+
+def test_logits_are_kept_where_asked(model, batch):
+    everything = model(**batch).logits
+    torch.testing.assert_close(model(**batch, logits_to_keep=3).logits, everything[:, -3:])
+    positions = torch.tensor([2, 40])
+    torch.testing.assert_close(model(**batch, logits_to_keep=positions).logits, everything[:, positions])
+    labels = batch["input_ids"]
+    both = model(**batch, labels=labels, logits_to_keep=1)
+    torch.testing.assert_close(both.loss, model(**batch, labels=labels).loss)
+    assert both.logits.shape[1] == 1
+
+
+# Cached patch features
+
+
+def features_of(model, batch) -> tuple[dict, dict]:
+    """The volumes of a batch as patch features, and the batch with these in their place."""
+    volumes = {name: batch[name] for name in ("pixel_values", "slice_pixel_values")}
+    with torch.no_grad():
+        features = model.get_patch_features(**volumes)
+    features = {name: tensor for name, tensor in features.items() if name != "patch_scores"}
+    return features, {**{name: tensor for name, tensor in batch.items() if name not in volumes}, **features}
+
+
+@pytest.mark.parametrize("encoders", ["both", "global", "local"])
+def test_cached_patch_features_stand_for_the_volumes(batch, encoders):
+    model = tiny.generation_model(encoders=encoders)
+    batch = prompts(model, QUESTIONS, [tiny.scan(0), tiny.scan(1)[:, ::-1].copy()])
+    features, cached = features_of(model, batch)
+    assert len(features) == (2 if encoders == "both" else 1)
+    torch.testing.assert_close(model(**cached).logits, model(**batch).logits)
+    losses = [model(**inputs, labels=batch["input_ids"]).loss for inputs in (cached, batch)]
+    gradients = []
+    for loss in losses:
+        model.zero_grad()
+        loss.backward()
+        gradients.append(
+            model.model.multi_modal_projector.get_parameter(
+                "local_packer.fc2.weight" if encoders == "local" else "global_packer.fc2.weight"
+            ).grad
+        )
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}])
+def test_generation_from_cached_patch_features(model, batch, settings):
+    _, cached = features_of(model, batch)
+    settings = {"max_new_tokens": 6, "do_sample": False, **settings}
+    assert torch.equal(model.generate(**cached, **settings), model.generate(**batch, **settings))
+
+
+def test_patch_features_that_do_not_fit_are_errors(model, batch):
+    features, cached = features_of(model, batch)
+    local = cached.pop("local_patch_features")
+    with pytest.raises(ValueError, match=r"local_patch_features .*\(num_volumes, 64, 32\), got None"):
+        model(**cached)
+    with pytest.raises(ValueError, match=r"got \(2, 63, 32\)"):
+        model(**cached, local_patch_features=local[:, 1:])
+    with pytest.raises(ValueError, match="not both"):
+        model(**batch, **features)
+    with pytest.raises(ValueError, match="to be None without"):
+        tiny.generation_model(encoders="global")(**cached, local_patch_features=local)
+
+
 def test_tokens_of_the_volumes_replace_the_placeholders(model):
     """Two volumes in one prompt, against a hand-made sequence of embeddings."""
     inputs = prompts(model, ["<image>nodule <image>a nodule of 12 mm"], [tiny.scan(0), tiny.scan(1)[:, ::-1].copy()])
