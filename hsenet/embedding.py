@@ -105,7 +105,7 @@ class Embedder:
         """JSON that is equal for two embedders if and only if they give comparable embeddings."""
         return {
             "weights": _weights_hash(self.model),
-            "tokenizer": _tokenizer_hash(self.tokenizer),
+            "tokenizer": tokenizer_hash(self.tokenizer),
             "max_length": self.max_length,
             "image_processor": preprocessing_settings(self.image_processor),
         }
@@ -127,7 +127,7 @@ def _weights_hash(model: HSENetCLIPModel) -> str:
     return digest.hexdigest()
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
     """Of its vocabulary and of a sentence's tokens; its file also holds settings that each call changes."""
     content = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """`train/evaluate.py` on phantoms with tiny models: the same numbers however it is run, and what it leaves behind."""
 
+import copy
 import importlib.util
 import json
 import shutil
@@ -13,13 +14,15 @@ import torch
 import yaml
 from accelerate import Accelerator
 from test_training import run
+from tokenizers import normalizers
 
+from hsenet.collators import ContrastiveCollator
 from hsenet.data import load_rows
 from hsenet.metrics.verdict import DOES_NOT_DEPEND
 from hsenet.scoring.floors import age_and_sex_labels, constant_for_bleu, nearest_reports
 from hsenet.scoring.rows import patient_of
 from hsenet.scoring.volumes import BlankVolumes, shuffled_rows
-from hsenet.scoring.work import share_out
+from hsenet.scoring.work import Generation, answers_to, embeddings_of, model_digest, share_out
 from processing_hsenet import HSENetProcessor
 
 
@@ -223,3 +226,60 @@ def test_a_batch_that_fails_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError, match="cut off"):
         share_out(tmp_path / "task/key", 3, write, Accelerator(cpu=True))
     assert [path.name for path in (tmp_path / "task/key").iterdir() if path.suffix == ""] == ["000000"]
+
+
+def lower_casing(words):
+    words.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
+def with_other_heads(model):
+    """The same weights, read otherwise."""
+    config = copy.deepcopy(model.config)
+    for part in (config.text_config, config.slice_config or config.vision_config):
+        part.num_attention_heads = part.num_key_value_heads = 8
+        part.head_dim = part.hidden_size // 8
+    other = type(model)(config).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("changed", ["nothing", "tokenizer", "generation defaults", "heads"])
+def test_answers_are_taken_up_only_where_nothing_has_changed(workspace, tmp_path, changed):
+    rows = load_rows(str(workspace / "phantoms"), "vqa", "test", 4)
+    kept = tmp_path / "kept"
+
+    def answers(folder: Path, change: str = "nothing") -> list[str]:
+        model = tiny.generation_model(text_config=tiny.text_config(num_key_value_heads=4))
+        processor = tiny.processor(model)
+        if change == "tokenizer":
+            lower_casing(processor.tokenizer)
+        if change == "generation defaults":
+            model.generation_config.repetition_penalty = 3.0
+        if change == "heads":
+            model = with_other_heads(model)
+        shown = BlankVolumes(processor.image_processor, model)
+        how = Generation(max_new_tokens=6, temperature=0.0, batch_size=2, seed=0)
+        return answers_to(rows, model, model_digest(model), processor, shown, how, folder, Accelerator(cpu=True))
+
+    first = answers(kept)
+    assert answers(kept, changed) == answers(tmp_path / "fresh", changed)
+    assert (answers(kept, changed) == first) == (changed == "nothing")
+    assert len(list(kept.iterdir())) == (1 if changed == "nothing" else 2)
+
+
+@pytest.mark.parametrize("changed", ["tokenizer", "length", "heads"])
+def test_embeddings_are_taken_up_only_where_nothing_has_changed(workspace, tmp_path, changed):
+    rows = [{**row, "text": row["findings"]} for row in load_rows(str(workspace / "phantoms"), "reports", "test", 4)]
+
+    def embeddings(folder: Path, change: str = "nothing") -> torch.Tensor:
+        model, words = tiny.clip_model(), tiny.tokenizer(pad_token="[PAD]", cls_token="[CLS]")
+        if change == "tokenizer":
+            lower_casing(words)
+        if change == "heads":
+            model = with_other_heads(model)
+        shown = BlankVolumes(tiny.image_processor(), model)
+        collator = ContrastiveCollator(words, 8 if change == "length" else 64)
+        return embeddings_of(rows, model, model_digest(model), collator, shown, 2, folder, Accelerator(cpu=True))[1]
+
+    first, again = embeddings(tmp_path / "kept"), embeddings(tmp_path / "kept", changed)
+    assert torch.equal(again, embeddings(tmp_path / "fresh", changed)) and not torch.allclose(again, first)

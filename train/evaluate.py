@@ -103,6 +103,7 @@ def score_retrieval(
 ) -> tuple[RetrievalScores, dict[str, list[str]], str]:
     """The scores, the floor that takes the report of the nearest training scan, and the model's digest."""
     model = HSENetCLIPModel.from_pretrained(folder).to(run.device).eval()
+    sha = model_digest(model)
     processor = HSENetProcessor.from_pretrained(folder)
     collator = ContrastiveCollator(processor.tokenizer, model.config.text_config.max_position_embeddings)
     training = rows.training[: arguments.neighbour_rows] if arguments.model else []
@@ -111,7 +112,7 @@ def score_retrieval(
         if some:
             parts = Path(arguments.output_dir) / "parts" / f"{stage}_{name}"
             cache = cached(some, model, processor, arguments, run)
-            embeds[name] = embeddings_of(some, model, collator, cache, arguments.batch_size, parts, run)
+            embeds[name] = embeddings_of(some, model, sha, collator, cache, arguments.batch_size, parts, run)
     images, texts = (side.numpy() for side in embeds["volumes"])
     score = scorer_of([patient_of(row) for row in rows.volumes], arguments.num_resamples, arguments.seed)
     scores = score_embeddings(stage, rows.volumes, images, texts, score) if run.is_main_process else RetrievalScores()
@@ -123,7 +124,7 @@ def score_retrieval(
         neighbours[f"nearest training report ({stage})"] = nearest_reports(
             studies, embeds["training"][0].numpy(), reports
         )
-    return scores, neighbours, model_digest(model)
+    return scores, neighbours, sha
 
 
 def cached(rows: list[dict], model: Any, processor: HSENetProcessor, arguments: EvaluationArguments, run: Accelerator):
@@ -136,6 +137,7 @@ def write_texts(
 ) -> tuple[dict[str, text.Texts], str, str]:
     """Task -> system -> texts, with the own, another patient's and no scan; why no other's, if so; the digest."""
     model = HSENetForConditionalGeneration.from_pretrained(arguments.model).to(run.device).eval()
+    sha = model_digest(model)
     processor = HSENetProcessor.from_pretrained(arguments.model)
     everything = [row for of_task in rows.values() for row in of_task]
     volumes = cached(everything, model, processor, arguments, run)
@@ -161,11 +163,11 @@ def write_texts(
             parts = Path(arguments.output_dir) / "parts" / f"{task}_{text.DETAILS[condition]}"
             # About a blank scan there is one likeliest answer to a question, whoever it is asked about.
             once = {row["question"]: row for row in some} if shown is blank and not generation.temperature else {}
-            texts = answers_to(list(once.values()) or some, model, processor, shown, generation, parts, run)
+            texts = answers_to(list(once.values()) or some, model, sha, processor, shown, generation, parts, run)
             by_question = dict(zip(once, texts, strict=False))
             written[task][condition] = [by_question[row["question"]] for row in some] if once else texts
             start += len(of_task)
-    return written, reason, model_digest(model)
+    return written, reason, sha
 
 
 def report_task(rows: list[dict], arguments: EvaluationArguments) -> ReportTask:

@@ -17,8 +17,11 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
+from hsenet.collators import ContrastiveCollator
 from hsenet.data import VolumeRows
+from hsenet.embedding import tokenizer_hash
 from hsenet.evaluation import embed, generate_answers
 from hsenet.scans import scan_identity
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
@@ -49,6 +52,12 @@ def model_digest(model: torch.nn.Module) -> str:
     return sha.hexdigest()
 
 
+def _settings(model: PreTrainedModel) -> dict[str, Any]:
+    """What decides beside the weights, such as the number of heads; not where they were loaded from."""
+    settings = json.loads(model.config.to_json_string(use_diff=False))
+    return {name: value for name, value in settings.items() if name != "_name_or_path"}
+
+
 def rows_digest(rows: Sequence[dict[str, Any]]) -> str:
     """A short name of what is asked about which scans, as they are now."""
     return digest([[row["volume_name"], scan_identity(row), row.get("question"), row.get("text")] for row in rows])
@@ -77,20 +86,22 @@ def share_out(folder: Path, num_batches: int, write: Callable[[int, Path], None]
 def embeddings_of(
     rows: Sequence[dict[str, Any]],
     model: HSENetCLIPModel,
-    collator: Callable,
+    model_sha: str,
+    collator: ContrastiveCollator,
     volumes: Any,
     batch_size: int,
     folder: Path,
     run: Accelerator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit embeddings of volumes and texts, `(num_rows, projection_dim)` each, in the order of the rows."""
+    """Unit embeddings of volumes and texts, `(num_rows, projection_dim)` each; `model_sha` is its `model_digest`."""
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
     def write(number: int, path: Path) -> None:
         images, texts = embed(model, VolumeRows(batches[number], volumes), collator, len(batches[number]))
         save_file({"images": images.contiguous(), "texts": texts.contiguous()}, path)
 
-    key = digest([model_digest(model), rows_digest(rows), batch_size, volumes.folder.name])
+    read = [tokenizer_hash(collator.tokenizer), collator.max_length]
+    key = digest([model_sha, _settings(model), read, rows_digest(rows), batch_size, volumes.folder.name])
     parts = [load_file(path) for path in share_out(folder / key, len(batches), write, run)]
     return torch.cat([part["images"] for part in parts]), torch.cat([part["texts"] for part in parts])
 
@@ -98,13 +109,14 @@ def embeddings_of(
 def answers_to(
     rows: Sequence[dict[str, Any]],
     model: HSENetForConditionalGeneration,
+    model_sha: str,
     processor: HSENetProcessor,
     volumes: Any,
     generation: Generation,
     folder: Path,
     run: Accelerator,
 ) -> list[str]:
-    """The generated answer to the `question` of each row about its volume."""
+    """The generated answer to the `question` of each row about its volume; `model_sha` is the `model_digest`."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["question"]))  # less padding
     size = generation.batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -116,8 +128,9 @@ def answers_to(
         generated = generate_answers(model, processor, picked, *settings)
         path.write_text(json.dumps([text for _, text in generated]))
 
-    prompt = processor.prompt("{question}")
-    key = digest([model_digest(model), rows_digest(rows), asdict(generation), prompt, volumes.folder.name])
+    read = [tokenizer_hash(processor.tokenizer), processor.prompt("{question}")]
+    made_by = [model_sha, _settings(model), json.loads(model.generation_config.to_json_string()), asdict(generation)]
+    key = digest([made_by, read, rows_digest(rows), volumes.folder.name])
     answers = [""] * len(rows)
     for batch, path in zip(batches, share_out(folder / key, len(batches), write, run), strict=True):
         for index, text in zip(batch, json.loads(path.read_text()), strict=True):
