@@ -77,6 +77,7 @@ logger = logging.getLogger(__name__)
 CLASSIC_CT = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = (f"{CLASSIC_CT}.1", f"{CLASSIC_CT}.2")  # the second: made of classic slices
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+DIRECTORY = "1.2.840.10008.1.3.10"
 DEFLATED = "1.2.840.10008.1.2.1.99"
 PIXEL_TAGS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")  # PixelData, little and big endian
 NON_IMAGES = {"RTSTRUCT", "RTDOSE", "RTPLAN", "RTRECORD", "SEG", "SR", "PR", "KO", "REG", "DOC", "ECG", "HC"}
@@ -93,6 +94,7 @@ MIN_GAP_MM = 0.01  # closer slices are at the same position
 EVEN_GAPS, MAX_UNEVEN_GAPS, EVEN_GAPS_MM = 0.01, 0.05, 0.05
 MAX_LOSSY_RATIO = 10.0
 MAX_ARCHIVE_MEMBERS, MAX_RATIO = 20_000, 200
+MAX_PADDING_HU = -500.0  # padding that stands for more would be tissue elsewhere
 ROUGH = 4.0  # times the median difference between a slice and its neighbours
 
 
@@ -193,7 +195,14 @@ def _read_series(files: list[tuple[str, Callable[..., bytes]]], options: ReadOpt
             f"{options.hu_source!r}."
         )
     pydicom = import_pydicom()
-    slices = _chosen_series(_ct_slices(files, options, pydicom), options)
+    slices, skipped = _ct_slices(files, options, pydicom)
+    slices = _chosen_series(slices, options)
+    if slices[0].series in skipped:
+        # A damaged header can make a slice look like another kind of object: it would go missing.
+        raise SeriesError(
+            "Beside its slices the CT series holds objects that are no CT slices: remove them, or copy or export the "
+            "series again."
+        )
     origins, slices = _sorted_along_normal(slices, options, pydicom)
     rows, columns = slices[0].shape
     if len(slices) * rows * columns * 2 > options.max_bytes:
@@ -202,9 +211,12 @@ def _read_series(files: list[tuple[str, Callable[..., bytes]]], options: ReadOpt
             "max_bytes= if that is the scan's true size."
         )
     array = np.empty((len(slices), rows, columns), dtype=_hu_dtype(slices))
+    padded = []
     for target, one, (dataset, stored) in zip(array, slices, _decoded(slices, options, pydicom), strict=True):
         with private_errors("The pixels of a DICOM slice"):
             _write_hu(stored, dataset, one, target)
+            padded.append(_fill_padding(stored, dataset, target))
+    _report_padding(padded)
     _warn_of_odd_slices(array)
     orientation, pixel_spacing = slices[0].orientation, slices[0].pixel_spacing
     if options.resample:
@@ -224,20 +236,28 @@ def _read_series(files: list[tuple[str, Callable[..., bytes]]], options: ReadOpt
 
 def _ct_slices(
     files: list[tuple[str, Callable[..., bytes]]], options: ReadOptions, pydicom: ModuleType
-) -> list[_Slice]:
-    slices, skipped = [], Counter()
+) -> tuple[list[_Slice], set[str]]:
+    """All slices of CT, and the series of what was skipped; localizers may share the series of the scan."""
+    slices, skipped, skipped_series = [], Counter(), set()
     for name, read in files:
-        if read(count=132)[128:] != b"DICM":
-            if name.lower().endswith(".dcm") and not name.startswith("."):  # macOS leaves ._*.dcm beside files
-                raise CorruptFileError("A .dcm file is empty or not DICOM: copy or export the series again.")
+        head = read(count=132)
+        if head[128:] != b"DICM":
+            # macOS leaves ._*.dcm beside files.
+            if not name.startswith(".") and (name.lower().endswith(".dcm") or not any(head)):
+                raise CorruptFileError(
+                    "A file is empty, holds nothing but zeros, or is named .dcm and is not DICOM: copy or export the "
+                    "series again."
+                )
             skipped["not DICOM"] += 1
             continue
         with private_errors("A DICOM file"):
             found = _slices_of_file(read, options, pydicom)
-        if isinstance(found, str):
-            skipped[found] += 1
-        else:
+        if isinstance(found, list):
             slices += found
+        else:
+            kind, series = found
+            skipped[kind] += 1
+            skipped_series |= {series} if kind != "localizer" else set()
     counts = ", ".join(f"{count} {kind}" for kind, count in skipped.items()) or "none"
     if not slices:
         num_dicom = len(files) - skipped["not DICOM"]
@@ -247,32 +267,26 @@ def _ct_slices(
         )
     if skipped:
         logger.info("Of %d files, %d were skipped: %s.", len(files), skipped.total(), counts)
-    return slices
+    return slices, skipped_series
 
 
-def _slices_of_file(read: Callable[[], bytes], options: ReadOptions, pydicom: ModuleType) -> list[_Slice] | str:
-    """The frames of a CT image, or what else the file is."""
+def _slices_of_file(
+    read: Callable[[], bytes], options: ReadOptions, pydicom: ModuleType
+) -> list[_Slice] | tuple[str, str]:
+    """The frames of a CT image, or what else the file is and its SeriesInstanceUID."""
     content = read()
     file = io.BytesIO(content)
     file.seek(132)
     meta = pydicom.filereader.read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
     sop_class, syntax = str(meta.get("MediaStorageSOPClassUID", "")), str(meta.get("TransferSyntaxUID", ""))
-    if sop_class.startswith(SECONDARY_CAPTURE):
-        return "secondary capture"
     if syntax == DEFLATED:
         _check_deflated(content[file.tell() :], options)
     file.seek(0)
     header = pydicom.dcmread(file, stop_before_pixels=True)
-    modality = header.get("Modality")
-    if modality in NON_IMAGES:
-        return f"not an image ({modality})"
-    if "LOCALIZER" in (header.get("ImageType") or ()):
-        return "localizer"
-    if syntax != DEFLATED and file.read(4) not in PIXEL_TAGS:
-        # A CT slice cut off before its pixels must not pass as another kind of object: it would go missing.
-        if sop_class in ("", CLASSIC_CT, *ENHANCED_CT):
-            raise CorruptFileError("A CT slice has no pixels: copy or export the series again.")
-        return "without pixels"
+    has_pixels = syntax == DEFLATED or file.read(4) in PIXEL_TAGS
+    kind = _other_kind(sop_class, header, has_pixels=has_pixels)
+    if kind is not None:
+        return kind, str(header.get("SeriesInstanceUID"))
     count = int(header.get("NumberOfFrames") or 1)
     if sop_class not in ENHANCED_CT:
         problem = None
@@ -286,6 +300,28 @@ def _slices_of_file(read: Callable[[], bytes], options: ReadOptions, pydicom: Mo
     if count != len(frames):
         raise CorruptFileError(f"Expected the positions of {count} frames, got {len(frames)}.")
     return [_slice(read, number, header, [_flat(frame), shared, header], None) for number, frame in enumerate(frames)]
+
+
+def _other_kind(sop_class: str, header: Any, *, has_pixels: bool) -> str | None:
+    """What a DICOM object is that holds no slices, None if it is an image."""
+    if sop_class == DIRECTORY:
+        return "directory"
+    if "LOCALIZER" in (header.get("ImageType") or ()):
+        return "localizer"
+    kind = None
+    if sop_class.startswith(SECONDARY_CAPTURE):
+        kind = "secondary capture"
+    elif header.get("Modality") in NON_IMAGES:
+        kind = f"not an image ({header.Modality})"
+    elif not has_pixels:
+        kind = "without pixels"
+    # A CT slice cut off before its pixels, or with a damaged class, would go missing as another kind of object.
+    is_cut = kind == "without pixels" and sop_class in (CLASSIC_CT, *ENHANCED_CT)
+    if kind is not None and (is_cut or header.get("SOPClassUID") != sop_class):
+        raise CorruptFileError(
+            "A CT slice has no pixels, or an object states two different SOP classes: copy or export the series again."
+        )
+    return kind
 
 
 def _check_deflated(content: bytes, options: ReadOptions) -> None:
@@ -367,6 +403,8 @@ def _problem(
         return UnsupportedImageError(f"The images have text burned into their pixels: {expected}")
     if get("PhotometricInterpretation") != "MONOCHROME2" or (get("RescaleType") or "HU") != "HU":
         return UnsupportedImageError(f"Expected MONOCHROME2 pixels with RescaleType HU: {expected}")
+    if get("ModalityLUTSequence") is not None:
+        return UnsupportedImageError(f"The images have a modality lookup table, expected RescaleSlope: {expected}")
     if max(shape) > MAX_IN_PLANE:
         return ResourceLimitError(f"Expected slices of at most {MAX_IN_PLANE}x{MAX_IN_PLANE}, got {shape}.")
     for values, counts, error in ((geometry, GEOMETRY, GeometryError), (rescale, RESCALE, UnsupportedImageError)):
@@ -653,11 +691,29 @@ def _write_hu(stored: np.ndarray, dataset: Any, one: _Slice, target: np.ndarray)
     target[:] = stored
     target *= target.dtype.type(one.rescale[0])
     target += target.dtype.type(one.rescale[1])
-    if dataset.get("PixelPaddingValue") is not None:
-        # Pixels outside the reconstruction hold no measurement. The cast undoes a wrong sign in the header.
-        limits = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit", dataset.PixelPaddingValue)]
-        low, high = np.sort(np.asarray(limits, dtype=np.int64).astype(stored.dtype))
-        target[(stored >= low) & (stored <= high)] = AIR_HU
+
+
+def _fill_padding(stored: np.ndarray, dataset: Any, target: np.ndarray) -> tuple[int, float]:
+    """Air where nothing was measured, by PixelPaddingValue: how many pixels, and the highest of their HU."""
+    if dataset.get("PixelPaddingValue") is None:
+        return 0, AIR_HU
+    limits = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit", dataset.PixelPaddingValue)]
+    low, high = np.sort(np.asarray(limits, dtype=np.int64).astype(stored.dtype))  # undoes a wrong sign in the header
+    padding = (stored >= low) & (stored <= high)
+    highest = float(target[padding].max(initial=target.min()))
+    target[padding] = AIR_HU
+    return np.count_nonzero(padding), highest
+
+
+def _report_padding(padded: list[tuple[int, float]]) -> None:
+    count, highest = sum(count for count, _ in padded), max(highest for count, highest in padded)
+    if highest > MAX_PADDING_HU:
+        warn(
+            f"{count} voxels of up to {highest:.0f} HU became {AIR_HU:.0f} HU, because the header calls their value "
+            "padding, although it could be tissue."
+        )
+    elif count:
+        logger.info("%d voxels are padding and became %d HU.", count, AIR_HU)
 
 
 def _warn_of_odd_slices(array: np.ndarray) -> None:

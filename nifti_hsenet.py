@@ -18,7 +18,6 @@ import numpy as np
 
 try:
     from .volume_hsenet import (
-        SLOPE_RANGE,
         CorruptFileError,
         GeometryError,
         ReadOptions,
@@ -37,7 +36,6 @@ except ImportError:  # imported as a plain top-level module, not from the Hub ca
     if __package__:
         raise
     from volume_hsenet import (
-        SLOPE_RANGE,
         CorruptFileError,
         GeometryError,
         ReadOptions,
@@ -58,6 +56,7 @@ CHUNK_BYTES = 1024**2
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_HEADER_BYTES = 16 * 1024**2
 MAX_RATIO, SMALL_BYTES = 200, 64 * 1024**2  # a scan zips 2 to 10 times, an empty one up to 200
+MAX_FORM_CODE = 5
 MAX_FORM_DIFFERENCE = 1e-3  # direction cosines of NIfTI's two affines
 MAX_ORIGIN_DIFFERENCE_MM = 0.1
 UNITS_TO_MM = {1: 1000.0, 3: 0.001}  # NIfTI xyzt_units: metres and micrometres; everything else is taken as mm
@@ -163,10 +162,12 @@ def read_nifti(file: BinaryIO, options: ReadOptions, *, named_nifti: bool) -> Vo
     frame_shape, frame = _one_frame(shape, options)
     check_layout(frame_shape, dtype, "(i, j, k)")
     affine = _nifti_affine(header, affine, options)
+    with private_errors("The header of the NIfTI file"):
+        scaling = _nifti_scaling(header, options)
     with private_errors("The voxels of the NIfTI file"):
         voxels = stream.read_voxels(math.prod(shape) * dtype.itemsize, offset)
         stored = voxels.view(dtype).reshape((*frame_shape, -1), order="F")[..., frame]
-        array = to_hu(stored, *_nifti_scaling(header, options))
+        array = to_hu(stored, *scaling)
     return canonical_volume(array, affine, options, reuse=True)
 
 
@@ -176,6 +177,10 @@ def from_nibabel(image: Any, options: ReadOptions) -> Volume:
         shape, frame = _one_frame(tuple(image.dataobj.shape), options)
         check_layout(shape, image.dataobj.dtype, "(i, j, k)")
         affine = np.array(image.affine, dtype=np.float64)
+        if not hasattr(image, "get_sform") and hasattr(image.header, "default_x_flip"):
+            raise GeometryError(
+                "The image is Analyze, which says nothing of left and right: convert the scan again from its source."
+            )
         if hasattr(image.dataobj, "get_unscaled"):  # a file's, whose scaling nibabel keeps there
             stored, slope, intercept = image.dataobj.get_unscaled(), image.dataobj.slope, image.dataobj.inter
         else:
@@ -214,9 +219,11 @@ def _check_nifti_header(header: Any, shape: tuple[int, ...], header_bytes: int, 
             f"The voxels of a NIfTI file of this version start at byte {header_bytes + 4} or later, the header says "
             f"{offset}. Convert the scan again from its source."
         )
-    slope = abs(float(header["scl_slope"]))
-    if slope != 0 and not math.isnan(slope) and not SLOPE_RANGE[0] <= slope <= SLOPE_RANGE[1]:  # 0 and NaN mean none
-        raise CorruptFileError(f"scl_slope in the NIfTI header must lie within {SLOPE_RANGE}, got {slope:g}.")
+    codes = int(header["sform_code"]), int(header["qform_code"])
+    if not all(0 <= code <= MAX_FORM_CODE for code in codes):
+        raise CorruptFileError(f"sform_code and qform_code are {codes} in the NIfTI header, at most {MAX_FORM_CODE}.")
+    if np.isinf(header["scl_slope"]):  # nibabel would take it for none
+        raise CorruptFileError("scl_slope in the NIfTI header is infinite: convert the scan again from its source.")
     pixdim = np.asarray(header["pixdim"][1:4], dtype=np.float64)
     if not (np.isfinite(pixdim) & (pixdim != 0)).all():
         raise GeometryError(
@@ -253,7 +260,7 @@ def _one_frame(shape: tuple[int, ...], options: ReadOptions) -> tuple[tuple[int,
 
 
 def _nifti_scaling(header: Any, options: ReadOptions) -> tuple[float, float]:
-    slope, intercept = header.get_slope_inter()
+    slope, intercept = header.get_slope_inter()  # None for 0 and NaN, which mean no scaling
     if slope is None:
         slope, intercept = 1.0, 0.0
     return options.scaling(float(slope), float(intercept))
@@ -266,18 +273,20 @@ def _nifti_affine(header: Any, affine: np.ndarray, options: ReadOptions) -> np.n
         qform, qform_code = header.get_qform(coded=True)
         spacing = np.asarray(header["pixdim"][1:4], dtype=np.float64)
         to_mm = UNITS_TO_MM.get(int(header["xyzt_units"]) & 7, 1.0)
-    if sform_code == 0 and qform_code == 0:
+    if (sform_code == 0 and qform_code == 0) or np.array_equal(affine, np.eye(4)):
         if options.assume_orientation is None:
             raise GeometryError(
-                "The NIfTI header has no orientation (sform_code and qform_code are both 0), so left and right are "
-                "unknown: convert the scan again from its source, or pass assume_orientation= if you know it."
+                "The NIfTI header has no orientation (sform_code and qform_code are both 0, or the affine is the "
+                "identity, which programs write that do not know it), so left and right are unknown: convert the scan "
+                "again from its source, or pass assume_orientation= if you know it."
             )
         affine = _affine_from_codes(options.assume_orientation, spacing)
-    with np.errstate(over="ignore"):  # what overflows is refused as not finite
+    with np.errstate(all="ignore"):  # what overflows is refused as not finite
         affine = checked_affine(affine * np.array([[to_mm], [to_mm], [to_mm], [1.0]]))
     if sform_code > 0 and qform_code > 0:
-        difference = np.abs(cosines(sform) - cosines(qform)).max()
-        lengths = [np.linalg.norm(form[:3, :3], axis=0) for form in (sform, qform)]
+        with np.errstate(all="ignore"):  # a zero or endless axis gives NaN, which agrees with nothing
+            difference = np.abs(cosines(sform) - cosines(qform)).max()
+            lengths = [np.linalg.norm(form[:3, :3], axis=0) for form in (sform, qform)]
         if not (difference <= MAX_FORM_DIFFERENCE and np.allclose(*lengths, rtol=0.01)):
             raise GeometryError(
                 f"The sform and the qform of the NIfTI header disagree: their direction cosines differ by "
@@ -322,6 +331,7 @@ def read_nrrd(file: BinaryIO, options: ReadOptions) -> Volume:
         start = file.tell()
         head = file.read(MAX_HEADER_BYTES)
         end = min((head.find(blank) + len(blank) for blank in (b"\n\n", b"\r\n\r\n") if blank in head), default=0)
+        _check_nrrd_text(head[:end])
         header = nrrd.read_header(io.BytesIO(head[:end]))
         _check_nrrd_header(header)
         shape = tuple(int(size) for size in header["sizes"])
@@ -335,6 +345,13 @@ def read_nrrd(file: BinaryIO, options: ReadOptions) -> Volume:
         voxels = _Stream(file, options.max_bytes).read_voxels(math.prod(shape) * dtype.itemsize, 0)
         array = to_hu(voxels.view(dtype).reshape(shape, order="F"), *options.scaling(1.0, 0.0))
     return canonical_volume(array, affine, options, reuse=True)
+
+
+def _check_nrrd_text(head: bytes) -> None:
+    """The library leaves out bytes that are not ASCII, of numbers too; comments and free values may have them."""
+    fields = [line for line in head.splitlines() if not line.startswith(b"#") and b":=" not in line]
+    if not all(line.isascii() for line in fields):
+        raise CorruptFileError("The NRRD header holds bytes that are not ASCII: convert the scan again.")
 
 
 def _check_nrrd_header(header: dict[str, Any]) -> None:

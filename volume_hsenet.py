@@ -168,6 +168,8 @@ class ReadOptions:
         """The one scaling to apply, given the file's own (1 and 0 if it has none)."""
         if self.hu_source == "identity":
             return 1.0, 0.0
+        if not SLOPE_RANGE[0] <= abs(slope) <= SLOPE_RANGE[1]:
+            raise CorruptFileError(f"The slope in the file's header must lie within {SLOPE_RANGE}, got {slope:g}.")
         if not self.from_metadata:
             return slope, intercept
         if (slope, intercept) != (1.0, 0.0):
@@ -312,7 +314,8 @@ def checked_affine(affine: np.ndarray) -> np.ndarray:
             "The affine must hold finite numbers and end with the row (0, 0, 0, 1), got "
             f"{np.count_nonzero(~np.isfinite(affine))} non-finite numbers and the row {affine[3].tolist()}."
         )
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    with np.errstate(over="ignore"):  # too large in any case
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
     low, high = SPACING_RANGE_MM
     if spacing.min() < low * 0.999 or spacing.max() > high * 1.001:
         raise GeometryError(

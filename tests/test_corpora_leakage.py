@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import corpora
+import numpy as np
 import pytest
 from datasets import Features
 
@@ -73,6 +74,8 @@ def test_a_scan_is_the_same_however_it_is_stored(tmp_path):
     assert content_hash(read_volume(changed, affine=affine)) not in hashes
     (tmp_path / "blank.nii.gz").write_bytes(corpora.blank_nifti(0))
     assert has_blank_header(tmp_path / "blank.nii.gz")
+    (tmp_path / "identity.nii.gz").write_bytes(nifti_bytes(array, np.eye(4)))
+    assert has_blank_header(tmp_path / "identity.nii.gz")
 
 
 def test_patients_keep_their_split_whoever_else_comes():

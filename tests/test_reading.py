@@ -176,6 +176,8 @@ def test_damaged_nifti(folder, scan):
         (108, "<f", np.nan),
         (40, "<h", 9),
         (70, "<h", 999),
+        (252, "<h", 46),
+        (254, "<h", -3),
         (112, "<f", np.inf),
     ):
         plain.write_bytes(good)
@@ -471,6 +473,38 @@ def test_a_file_without_orientation_needs_the_callers_word(folder, scan):
             read_volume(path, assume_orientation=codes)
 
 
+def test_headers_that_only_seem_to_know_the_orientation(folder, scan):
+    """What programs write that have lost the geometry: the identity, or the format without one."""
+    array, affine = as_ras(scan)
+    path = write_nifti(folder / f"{NAME}.nii", array, np.eye(4))
+    for source in (path, nib.load(path)):
+        refuses(GeometryError, "identity", "assume_orientation", source=source)
+    np.testing.assert_array_equal(read_volume(path, assume_orientation="RAS").array, scan)
+    assert read_volume(array, affine=np.eye(4)).spacing == (1, 1, 1)  # an array's affine is the caller's word
+    nib.save(nib.AnalyzeImage(array.astype(np.int16), affine), folder / f"{NAME}.img")
+    refuses(GeometryError, "Analyze", source=nib.load(folder / f"{NAME}.img"))
+
+
+@pytest.mark.parametrize("slope", [1e-30, 1e6, -1e-9])
+def test_impossible_slopes(folder, scan, slope):
+    path = patch_bytes(write_nifti(folder / f"{NAME}.nii", *as_ras(scan)), 112, "<2f", slope, 0)
+    for source in (path, nib.load(path)):
+        refuses(CorruptFileError, "slope", source=source)
+
+
+def test_without_isal_the_standard_library_unzips(folder, scan, monkeypatch):
+    monkeypatch.setitem(sys.modules, "isal", None)
+    path = write_nifti(folder / f"{NAME}.nii.gz", *as_ras(scan))
+    assert_canonical(read_volume(path), scan)
+    good = path.read_bytes()
+    assert_canonical(
+        read_volume(gzip.compress(gzip.decompress(good)[:500]) + gzip.compress(gzip.decompress(good)[500:])), scan
+    )
+    for bad in (good[:-100], good[:-4], good[:20], good[:-8] + b"\0\0\0\0" + good[-4:], good + b"tail"):
+        path.write_bytes(bad)
+        refuses(CorruptFileError, source=path)
+
+
 def test_oblique_scans(folder, scan):
     def turned(degrees: float) -> Path:
         angle = np.deg2rad(degrees)
@@ -564,7 +598,14 @@ def test_nrrd_that_is_refused(folder, scan, little_memory):
     ):
         refuses(error, words, source=write_nrrd(path, array, affine, **header))
     good = write_nrrd(path, array, affine, encoding="raw").read_bytes()
-    for bad in (good[:-1], good + b"x", good[:100], good.replace(b"int16", b"int61"), b"NRRD0005\n\n"):
+    for bad in (
+        good[:-1],
+        good + b"x",
+        good[:100],
+        good.replace(b"int16", b"int61"),
+        b"NRRD0005\n\n",
+        good.replace(b"0,-0.75", b"0,-0.\xce5"),
+    ):
         path.write_bytes(bad)
         refuses(CorruptFileError, source=path)
     path.write_bytes(good.replace(b"sizes: 9 10 12", b"sizes: 30000 30000 30000"))

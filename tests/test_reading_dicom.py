@@ -429,3 +429,54 @@ def test_nothing_about_the_patient_is_logged(folder, scan, caplog, capfd):
     for text in (caplog.text, output.out, output.err, *(str(warning.message) for warning in caught)):
         assert "DOE" not in text and "JANE" not in text
     assert "1 not an image (RTSTRUCT)" in caplog.text
+
+
+def in_order(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))
+
+
+@pytest.mark.parametrize("end", [0, -1])
+def test_a_damaged_slice_at_the_end_does_not_go_missing(folder, scan, end):
+    """A gap betrays a slice that is missed in the middle, but nothing betrays one at the end."""
+    write_series(folder, scan)
+    for number, path in enumerate(in_order(folder)):
+        path.rename(folder / f"IM{number:04d}")  # as scanners write them: no .dcm
+    victim = in_order(folder)[end]
+    good = victim.read_bytes()
+    sop_class = good.index(b"1.2.840.10008.5.1.4.1.1.2")
+    another = good[: sop_class + 24] + b"7" + good[sop_class + 25 :]  # secondary capture
+    truncated = (good[:length] for length in (0, 140, 165, 175, 185, 195, 300, 600))
+    for bad in (bytes(len(good)), another, another[:700], *truncated):
+        victim.write_bytes(bad)
+        refuses(CorruptFileError, source=folder)
+    victim.write_bytes(good)
+    read_volume(folder)
+
+
+def test_other_objects_in_the_series_itself(folder, scan):
+    uid = generate_uid()
+    write_series(folder, scan, SeriesInstanceUID=uid)
+    localizer, others = folder.parent / "localizer", folder.parent / "others"
+    for place in (localizer, others):
+        place.mkdir()
+    write_series(localizer, scan[:1], SeriesInstanceUID=uid, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    for path in localizer.iterdir():
+        path.rename(folder / path.name)
+    assert_canonical(read_volume(folder), scan)
+    for path in write_series(others, scan[:1], SeriesInstanceUID=uid, **RTSTRUCT).iterdir():
+        path.rename(folder / path.name)
+    refuses(SeriesError, "no CT slices", source=folder)
+
+
+def test_modality_lookup_table(folder, scan):
+    table = pydicom.Dataset()
+    table.ModalityLUTType = "HU"
+    write_series(folder, scan, ModalityLUTSequence=[table])
+    refuses(UnsupportedImageError, "lookup table", source=folder)
+
+
+def test_padding_that_could_be_tissue_is_warned_of(folder, scan):
+    write_series(folder, scan, PixelPaddingValue=1024 + 40)
+    with pytest.warns(HSENetInputWarning, match="1 voxels of up to 40 HU"):
+        volume = read_volume(folder)
+    assert (volume.array != scan).sum() == 1 and volume.array[scan == 40] == -1000

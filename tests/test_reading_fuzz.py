@@ -10,12 +10,14 @@ import resource
 import signal
 import warnings
 import zipfile
+from itertools import count
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import scans
 from scans import NAME, as_ras, make_scan, write_enhanced, write_nifti, write_series, zip_folder
 
 from reading_hsenet import HSENetInputError, HSENetInputWarning, Volume, read_volume
@@ -38,6 +40,12 @@ def limits():
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
     resource.setrlimit(resource.RLIMIT_AS, old)
+
+
+@pytest.fixture(autouse=True)
+def same_uids_every_time(monkeypatch):
+    numbers = count(10_000_000)
+    monkeypatch.setattr(scans, "generate_uid", lambda: pydicom.uid.UID(f"1.2.{next(numbers)}"))
 
 
 def read(source) -> tuple[Volume | None, bool]:
@@ -120,13 +128,15 @@ def test_headers_of_one_dicom_slice(tmp_path):
     """DICOM has no checksums: a changed digit is another number, which must clash with the other slices."""
     write_series(tmp_path, make_scan())
     good = read_volume(tmp_path)
-    victim = sorted(tmp_path.iterdir())[4]
-    content = victim.read_bytes()
+    paths = sorted(tmp_path.iterdir(), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))
     rng = np.random.default_rng(2)
     num_refused = 0
-    for _ in range(250):
+    for number in range(300):
+        victim = paths[(0, 5, -1)[number % 3]]  # at both ends nothing shows that a slice is missing
+        content = victim.read_bytes()
         victim.write_bytes(damaged(content, rng, 0, slice_headers(content)))
         volume, warned = read(tmp_path)
+        victim.write_bytes(content)
         num_refused += volume is None
         assert volume is None or warned or same(volume, good.array, good.affine, 0.05)
     assert num_refused > 60

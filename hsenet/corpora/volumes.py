@@ -12,16 +12,17 @@ from reading_hsenet import Volume
 
 
 def has_blank_header(path: Path) -> bool:
-    """Whether a NIfTI file leaves open where its voxels lie: no orientation, or no spacing."""
+    """Whether a NIfTI file leaves open where its voxels lie: no orientation, the identity in its place, no spacing."""
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     try:
         with gzip.open(path) if zipped else open(path, "rb") as stream:
             header = nibabel.Nifti1Header(stream.read(348), check=False)
+        identity = np.array_equal(header.get_best_affine(), np.eye(4))
     except Exception:  # damaged in another way, and the reader says how
         return False
     no_orientation = header["sform_code"] == 0 and header["qform_code"] == 0
-    return bool(no_orientation or not np.all(np.abs(header["pixdim"][1:4]) > 0))
+    return bool(no_orientation or identity or not np.all(np.abs(header["pixdim"][1:4]) > 0))
 
 
 def content_hash(volume: Volume) -> str:
