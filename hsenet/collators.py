@@ -20,8 +20,11 @@ class ContrastiveCollator:
     Examples with `pixel_values`, optional `slice_features` and `text` to the inputs of [`HSENetCLIPModel`].
 
     Texts longer than `max_length` tokens lose their end, never their order. With `rewrite`, the texts are what it
-    makes of the examples' reports.
+    makes of the examples' reports. `index` and, where examples have it, `sibling_ids` say which rows these are, and
+    are not for the model.
     """
+
+    NOT_INPUTS = ("index", "sibling_ids")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, rewrite: ReportAugmentation | None = None):
         self.tokenizer = tokenizer
@@ -38,7 +41,9 @@ class ContrastiveCollator:
             return_tensors="pt",
             return_token_type_ids=False,
         )
-        return {**tokens, **_stack_volumes(examples), "index": torch.tensor([e["index"] for e in examples])}
+        names = [name for name in self.NOT_INPUTS if name in examples[0]]
+        rows = {name: torch.tensor([example[name] for example in examples]) for name in names}
+        return {**tokens, **_stack_volumes(examples), **rows}
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Dataset rows to examples: one report with its volume, or one question with its volume and answer."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -65,6 +66,18 @@ def _scan_columns(row: dict[str, Any]) -> dict[str, Any]:
 def one_per_study(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first reconstruction of each study: siblings share a report, so each would be the other's wrong answer."""
     return list({row["study_id"]: row for row in reversed(rows)}.values())[::-1]
+
+
+def add_report_texts(rows: list[dict[str, Any]], fields: tuple[str, ...]) -> None:
+    """Gives each row its report as `text`, and the numbers of its study and of that text as `sibling_ids`."""
+    for row in rows:
+        row["text"] = report_text(row, fields)
+        row["sibling_ids"] = [_number(row["study_id"]), _number(" ".join(row["text"].split()))]
+
+
+def _number(text: str) -> int:
+    """The same 64 bits for the same text in all processes, for tensors that are compared between them."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
 def report_text(row: dict[str, Any], fields: tuple[str, ...] = ("findings", "impression")) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from hsenet.collators import ContrastiveCollator
 from hsenet.metrics.retrieval import retrieval_metrics
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
 from processing_hsenet import HSENetProcessor
@@ -19,7 +20,8 @@ def embed(
     """L2-normalised embeddings of volumes and texts, both `(num_rows, projection_dim)`, in the dataset's order."""
     images, texts = [], []
     for batch in DataLoader(dataset, batch_size, collate_fn=collator):
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "index"}
+        inputs = {name: batch[name] for name in batch if name not in ContrastiveCollator.NOT_INPUTS}
+        batch = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         outputs = model(**batch)
         images.append(outputs.image_embeds.float().cpu())
         texts.append(outputs.text_embeds.float().cpu())

@@ -4,6 +4,7 @@ Both take one process's embeddings and look at the global batch. Each process ta
 error) of its own rows only; averaged over processes, as DDP does with gradients, that is the loss of the global batch.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,11 @@ import torch
 from torch import nn
 
 from hsenet.distributed import first_row, gather_with_gradient
+
+
+# What other rows of the same study or with the same report are to a row of a contrastive batch.
+SiblingsMode = Literal["masked", "multi_positive", "none"]
+Schedule = Literal["constant", "linear_decay", "cosine"]
 
 
 @dataclass
@@ -32,18 +38,54 @@ def global_similarity(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> 
     return GlobalSimilarity(image_embeds @ all_texts.t(), text_embeds @ all_images.t())
 
 
-def image_text_contrastive_loss(similarity: GlobalSimilarity, logit_scale: torch.Tensor) -> torch.Tensor:
+def sibling_pairs(sibling_ids: torch.Tensor) -> torch.Tensor:
+    """
+    Which columns of the global batch are siblings of this process's rows: other rows that share one of their ids.
+
+    Args:
+        sibling_ids (`torch.Tensor` of shape `(batch, num_ids)`): numbers of the row's study and of its report.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, global_batch)`, boolean: false for the row itself.
+    """
+    all_ids = gather_with_gradient(sibling_ids)
+    pairs = (sibling_ids.unsqueeze(1) == all_ids.unsqueeze(0)).any(dim=-1)
+    rows = torch.arange(len(pairs), device=pairs.device)
+    pairs[rows, rows + first_row(len(pairs))] = False
+    return pairs
+
+
+def image_text_contrastive_loss(
+    similarity: GlobalSimilarity,
+    logit_scale: torch.Tensor,
+    siblings: torch.Tensor | None = None,
+    mode: SiblingsMode = "none",
+) -> torch.Tensor:
     """
     InfoNCE in both directions (paper section 3.1): row i of one side belongs to row i of the other.
+
+    Siblings, such as two reconstructions of one scan with one report, belong to each other as well, and as each
+    other's negatives they would be pushed apart.
 
     Args:
         similarity ([`GlobalSimilarity`]): cosines.
         logit_scale (`torch.Tensor` of shape `()`): the temperature itself, `model.logit_scale.exp()`.
+        siblings (`torch.Tensor` of shape `(batch, global_batch)`, *optional*): see [`sibling_pairs`].
+        mode (`"masked"`, `"multi_positive"` or `"none"`):
+            Siblings are left out of the row's softmax; or share its target with the row's own column, evenly; or are
+            negatives like all others, as published.
     """
-    batch = similarity.image_to_text.shape[0]
+    batch, global_batch = similarity.image_to_text.shape
     labels = torch.arange(batch, device=logit_scale.device) + first_row(batch)
-    image_loss = nn.functional.cross_entropy(logit_scale * similarity.image_to_text, labels)
-    text_loss = nn.functional.cross_entropy(logit_scale * similarity.text_to_image, labels)
+    logits = [logit_scale * similarity.image_to_text, logit_scale * similarity.text_to_image]
+    if mode != "none" and siblings is None:
+        raise ValueError(f"siblings={mode!r} needs to know which rows are siblings, got None.")
+    if mode == "masked":
+        logits = [side.masked_fill(siblings, float("-inf")) for side in logits]
+    elif mode == "multi_positive":
+        positives = siblings.to(logits[0].dtype) + nn.functional.one_hot(labels, global_batch)
+        labels = positives / positives.sum(dim=1, keepdim=True)
+    image_loss, text_loss = (nn.functional.cross_entropy(side, labels) for side in logits)
     return (image_loss + text_loss) / 2
 
 
@@ -59,6 +101,8 @@ def semantic_consistency_loss(
     Keeps stage 2's similarity matrix near the frozen stage-1 one (paper section 3.2, L_SA).
 
     Mean squared difference of the two logit matrices, averaged over both directions. The anchor gets no gradient.
+    Siblings count like all other pairs: no pair is called wrong here, and how near stage 1 puts two siblings is as
+    good a target as any other of its similarities.
 
     Args:
         similarity ([`GlobalSimilarity`]): cosines of stage 2.
@@ -77,22 +121,21 @@ def semantic_consistency_loss(
     return (image_loss + text_loss) / 2
 
 
-def consistency_weight(
-    step: int, weight: float, schedule: Literal["constant", "linear_decay"], decay_steps: int
-) -> float:
+def consistency_weight(step: int, weight: float, schedule: Schedule, decay_steps: int) -> float:
     """
     What the consistency loss is multiplied with at an optimiser step, counted from 0.
 
     Args:
         step (`int`): optimiser steps done so far.
         weight (`float`): lambda_s of the paper.
-        schedule (`"constant"` or `"linear_decay"`):
-            `weight` at every step, as in the paper, or `weight` at step 0 and evenly less to 0 at `decay_steps` and
-            ever after, as in the code behind the released weights.
-        decay_steps (`int`): only for `"linear_decay"`.
+        schedule (`"constant"`, `"linear_decay"` or `"cosine"`):
+            `weight` at every step, as in the paper; or `weight` at step 0 and less to 0 at `decay_steps` and ever
+            after: evenly, as in the code behind the released weights, or along half a cosine, slowly at both ends.
+        decay_steps (`int`): only for the two that decay.
     """
     if schedule == "constant":
         return weight
     if decay_steps < 1:
         raise ValueError(f"decay_steps should be at least 1, got {decay_steps}; consistency_weight=0 has no anchor.")
-    return weight * max(1 - step / decay_steps, 0.0)
+    done = min(step / decay_steps, 1.0)
+    return weight * (1 - done if schedule == "linear_decay" else (1 + math.cos(math.pi * done)) / 2)

@@ -5,7 +5,8 @@ import tiny
 import torch
 
 from hsenet.collators import ContrastiveCollator, ReportCollator
-from hsenet.data import generation_rows
+from hsenet.data import add_report_texts, generation_rows
+from hsenet.losses import sibling_pairs
 from hsenet.report_augmentation import ReportAugmentation
 from processing_hsenet import HSENetProcessor
 
@@ -139,3 +140,17 @@ def test_the_contrastive_collator_rewrites_only_when_asked():
     decode = tiny.tokenizer().decode
     assert decode(plain["input_ids"][0]) == "as it is"
     assert decode(other["input_ids"][0]) in ("Impression: Cardiomegaly. Nodule.", "Impression: Nodule. Cardiomegaly.")
+
+
+def test_siblings_share_a_number_however_their_reports_are_rewritten():
+    """The same study, or the same report but for line breaks; other reports and studies have other numbers."""
+    other = {"findings": "No effusion.", "impression": "Normal."}
+    broken = {**REPORT, "findings": REPORT["findings"].replace(". ", ".\n")}
+    rows = [{**REPORT, "study_id": "a"}, {**other, "study_id": "a"}, {**broken, "study_id": "b"}]
+    add_report_texts(rows, ("findings", "impression"))
+    volume = {"epoch": 0, "pixel_values": torch.zeros(1, 2, 2, 2)}
+    examples = [{**row, **volume, "index": index} for index, row in enumerate(rows)]
+    rewrite = ReportAugmentation(("findings", "impression"), 0.3, seed=0)
+    for collator in (ContrastiveCollator(tiny.tokenizer(), 64), ContrastiveCollator(tiny.tokenizer(), 64, rewrite)):
+        ids = collator(examples)["sibling_ids"]
+        assert sibling_pairs(ids).tolist() == [[False, True, True], [True, False, False], [True, False, False]]

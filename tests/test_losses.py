@@ -12,6 +12,7 @@ from hsenet.losses import (
     global_similarity,
     image_text_contrastive_loss,
     semantic_consistency_loss,
+    sibling_pairs,
 )
 
 
@@ -74,8 +75,33 @@ def test_weight_of_the_consistency_loss_over_the_steps():
     assert decayed == pytest.approx([0.1, 0.09998, 0.05, 0.00002, 0, 0], abs=1e-12)
     assert [consistency_weight(step, 0.1, "constant", 5000) for step in steps] == [0.1] * 6
     assert consistency_weight(3, 0.4, "linear_decay", 4) == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        consistency_weight(3, 0.1, "linear_decay", 0)
+    cosine = [consistency_weight(step, 0.1, "cosine", 6) for step in (0, 2, 3, 4, 6, 9)]
+    assert cosine == pytest.approx([0.1, 0.075, 0.05, 0.025, 0, 0], abs=1e-12)
+    for schedule in ("linear_decay", "cosine"):
+        with pytest.raises(ValueError, match="at least 1, got 0"):
+            consistency_weight(3, 0.1, schedule, 0)
+
+
+def test_a_batch_of_one_study_has_nothing_to_tell_apart():
+    images, texts, *_ = embeddings()
+    similarity = global_similarity(images, texts)
+    siblings = sibling_pairs(torch.zeros(8, 2, dtype=torch.int64))
+    assert not siblings.diagonal().any() and siblings.sum() == 56
+    assert image_text_contrastive_loss(similarity, torch.tensor(7.0), siblings, "masked") == 0
+    shared = image_text_contrastive_loss(similarity, torch.tensor(0.0), siblings, "multi_positive")
+    assert shared.item() == pytest.approx(np.log(8))
+    with pytest.raises(ValueError, match="which rows are siblings"):
+        image_text_contrastive_loss(similarity, torch.tensor(7.0), mode="masked")
+
+
+def test_modes_agree_without_siblings():
+    similarity = global_similarity(*embeddings()[:2])
+    siblings = sibling_pairs(torch.arange(16).reshape(8, 2))
+    losses = [
+        image_text_contrastive_loss(similarity, torch.tensor(7.0), siblings, mode).item()
+        for mode in ("none", "masked", "multi_positive")
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-12)
 
 
 def released_losses(student: dict, teacher: dict, log_scale: torch.Tensor, step: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +100,8 @@ def stage_settings(stage: str, workspace: Path, output: str) -> dict:
             "num_slices": 4,
             "consistency_schedule": "linear_decay",
             "consistency_decay_steps": 2,
+            "siblings": "multi_positive",
+            "chunk_size": 1,
         },
         "stage3": {
             "stage1": str(workspace / "stage1"),
@@ -180,6 +182,25 @@ def test_stage2_logs_the_decaying_weight_of_its_anchor(stage2):
     logged = [json.loads(line) for line in (stage2 / "log.jsonl").read_text().splitlines()]
     weights = [values["consistency_weight"] for values in logged if "consistency_weight" in values]
     assert weights == pytest.approx([0.1, 0.05, 0])
+
+
+def test_stage2_starts_from_m3d_clip(stage1, foundation, workspace):
+    """The converted folder's weights train, stage 1 stays the anchor, and a folder that does not fit is refused."""
+    shutil.copytree(stage1, workspace / "m3d_clip", ignore=shutil.ignore_patterns("checkpoints"))
+    weights = {name: tensor + 0.01 for name, tensor in load_file(stage1 / "model.safetensors").items()}
+    save_file(weights, workspace / "m3d_clip" / "model.safetensors", {"format": "pt"})
+    settings = stage_settings("stage2", workspace, "from_m3d_clip")
+    settings |= {"init": "m3d_clip", "m3d_clip": str(workspace / "m3d_clip")}
+    launch("stage2", settings, workspace, 1, "--max_steps", "1", "--learning_rate", "0")
+    started = load_file(workspace / "from_m3d_clip" / "model.safetensors")
+    assert all(torch.equal(started[name], tensor) for name, tensor in weights.items())
+    first = json.loads((workspace / "from_m3d_clip" / "log.jsonl").read_text().splitlines()[0])
+    assert first["consistency"] > 1e-3  # stage 1 is another model
+    config = json.loads((workspace / "m3d_clip" / "config.json").read_text())
+    config["vision_config"]["image_size"] = [32, 16, 32]  # as many patches
+    (workspace / "m3d_clip" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AssertionError, match=r"M3D-CLIP reads volumes of \(32, 16, 32\), stage 1 of \(16, 32, 32\)"):
+        launch("stage2", settings, workspace, 1)
 
 
 def test_stage3_trains_packers_and_lora_only(stage1, stage2, stage3, foundation):

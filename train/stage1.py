@@ -8,15 +8,14 @@ Needs `pip install -e ".[train]"`. The output directory loads with `AutoModel.fr
 
 from dataclasses import asdict, dataclass, field
 
-import torch
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from configuration_hsenet import HSENetCLIPConfig
 from hsenet.collators import ContrastiveCollator
-from hsenet.data import VolumeRows, load_rows, one_per_study, report_text
+from hsenet.contrastive import ContrastiveArguments, ContrastiveObjective
+from hsenet.data import VolumeRows, add_report_texts, load_rows, one_per_study
 from hsenet.evaluation import evaluate_retrieval
-from hsenet.losses import global_similarity, image_text_contrastive_loss
 from hsenet.report_augmentation import ReportAugmentation
 from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
 from hsenet.volume_cache import cache_volumes
@@ -33,11 +32,16 @@ class ModelArguments:
     )
     projection_dim: int = field(default=768)
     logit_scale_init_value: float = field(default=2.6592, metadata={"help": "Log of the starting temperature."})
-    max_logit_scale: float = field(default=4.6052, metadata={"help": "The log temperature stays below: ln 100."})
 
 
-def main(model_arguments: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
-    accelerator = start(training, model=asdict(model_arguments), data=asdict(data))
+def main(
+    model_arguments: ModelArguments,
+    contrastive: ContrastiveArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+) -> None:
+    settings = {"model": asdict(model_arguments), "contrastive": asdict(contrastive), "data": asdict(data)}
+    accelerator = start(training, **settings)
 
     ###########
     # Model   #
@@ -64,8 +68,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     ###########
     train_rows = load_rows(data.dataset, "reports", data.train_split, data.max_train_rows)
     eval_rows = one_per_study(load_rows(data.dataset, "reports", data.eval_split, data.max_eval_rows))
-    for row in train_rows + eval_rows:
-        row["text"] = report_text(row, tuple(data.report_fields))
+    add_report_texts(train_rows + eval_rows, tuple(data.report_fields))
     cache = cache_volumes(
         train_rows + eval_rows,
         image_processor,
@@ -93,20 +96,11 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     ############
     # Training #
     ############
-    def compute_loss(model: torch.nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        batch.pop("index")
-        log_scale = accelerator.unwrap_model(model).logit_scale
-        with torch.no_grad():
-            log_scale.clamp_(max=model_arguments.max_logit_scale)
-        outputs = model(**batch)
-        similarity = global_similarity(outputs.image_embeds, outputs.text_embeds)
-        loss = image_text_contrastive_loss(similarity, log_scale.exp())
-        return loss, {"logit_scale": log_scale.exp().item()}
-
     def evaluate(model: HSENetCLIPModel) -> dict[str, float]:
         return evaluate_retrieval(model, VolumeRows(eval_rows, cache), collator, training.batch_size)
 
-    model = train(accelerator, model, loader, compute_loss, evaluate, training)
+    objective = ContrastiveObjective(accelerator, contrastive)
+    model = train(accelerator, model, loader, objective, evaluate, training)
     if accelerator.is_main_process:
         model.save_pretrained(training.output_dir)
         HSENetProcessor(image_processor, tokenizer).save_pretrained(training.output_dir)
@@ -114,4 +108,4 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(ModelArguments, DataArguments, TrainingArguments))
+    main(*parse_arguments(ModelArguments, ContrastiveArguments, DataArguments, TrainingArguments))
