@@ -26,6 +26,7 @@ class HSENetVisionConfig(PreTrainedConfig):
         slice_hidden_size (`int`, *optional*):
             Width of the slice features that weigh the patches. `None` (global encoder): there is no scorer; a number
             (2E3 encoder, paper section 3.2): a slice-guided scorer stands between patch embedding and transformer.
+            In a contrastive model guided by text it is the width of the text encoder.
         scorer_dropout (`float`): dropout on the scorer's attention weights and output while training.
         scorer_residual (`"projected_query"` or `"query"`):
             What the scorer adds to its attention's output before the LayerNorm: the query after its projection, or
@@ -87,8 +88,10 @@ class HSENetCLIPConfig(PreTrainedConfig):
     The contrastive volume-report models.
 
     Args:
-        guidance (`"none"` or `"slices"`):
-            What scores the patches: `"none"` is stage 1 (global encoder), `"slices"` is stage 2 (2E3 encoder).
+        guidance (`"none"`, `"slices"`, `"text"` or `"text_cls"`):
+            What scores the patches: `"none"` is stage 1 (global encoder), `"slices"` is stage 2 (2E3 encoder). For the
+            ablation of paper table 1b, `"text"` takes all tokens of the report, `"text_cls"` its CLS token; the
+            embedding of a volume then depends on the report beside it.
         vision_config (`HSENetVisionConfig` or `dict`, *optional*): the 3D encoder.
         text_config (`PreTrainedConfig` or `dict`, *optional*): a BERT-like text encoder; bert-base sizes by default.
         slice_config (`HSENetVisionConfig` or `dict`, *optional*):
@@ -104,7 +107,7 @@ class HSENetCLIPConfig(PreTrainedConfig):
     _auto_class = "AutoConfig"
     sub_configs = {"vision_config": HSENetVisionConfig, "text_config": AutoConfig, "slice_config": HSENetVisionConfig}
 
-    guidance: Literal["none", "slices"] = "none"
+    guidance: Literal["none", "slices", "text", "text_cls"] = "none"
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     slice_config: dict | PreTrainedConfig | None = None
@@ -118,15 +121,24 @@ class HSENetCLIPConfig(PreTrainedConfig):
         self.text_config = _text_config(self.text_config, default=BertConfig)
         if self.guidance == "slices":
             self.slice_config = _slice_config(self.slice_config, self.vision_config)
-        elif self.slice_config is not None or self.vision_config.slice_hidden_size is not None:
-            raise ValueError('guidance is "none", but a slice_config was given: use guidance="slices" for stage 2.')
+        else:
+            self._check_no_slices()
+            if self.guidance != "none":
+                self.vision_config.slice_hidden_size = self.text_config.hidden_size
         super().__post_init__(**kwargs)
+
+    def _check_no_slices(self) -> None:
+        allowed = None if self.guidance == "none" else self.text_config.hidden_size
+        if self.slice_config is not None or self.vision_config.slice_hidden_size not in (None, allowed):
+            raise ValueError(
+                f'guidance is "{self.guidance}", but a slice_config was given: use guidance="slices" for stage 2.'
+            )
 
 
 @strict
 class HSENetConfig(PreTrainedConfig):
     r"""
-    Two 3D encoders, a spatial packer for each, and a causal language model (paper section 3.3).
+    Two 3D encoders, a projector (spatial packer) for each, and a causal language model (paper section 3.3).
 
     Args:
         encoders (`"both"`, `"global"` or `"local"`): which 3D encoders the language model sees (paper table 3).
@@ -139,10 +151,15 @@ class HSENetConfig(PreTrainedConfig):
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             Any causal language model with a bias-free output head; Phi-4-mini's sizes by default (its long-context
             rotary factors come with the checkpoint's own configuration).
+        projector (`"spatial_packer"`, `"spatial_pooling"`, `"sequence_pooling"`, `"qformer"` or `"mlp"`):
+            What makes tokens of patches (paper table 2b); all give as many tokens. `"mlp"` takes a window's patches
+            side by side, `"sequence_pooling"` the mean of patches that follow each other, `"qformer"` learned queries.
         packer_window_size (`tuple[int, int, int]`): patches that one packed token stands for; divides the patch grid.
-        packer_dropout (`float`): dropout on the packers' attention weights and output while training.
+        packer_dropout (`float`):
+            Dropout on the packers' attention weights and output while training; in the Q-Former everywhere.
         packer_residual (`"projected_query"` or `"query"`):
             As `scorer_residual` of [`HSENetVisionConfig`], for the packers; the query is the window's mean.
+        qformer_num_layers (`int`): blocks of the Q-Former; two have about the weights of a packer.
         num_slices (`int`): axial slices a volume.
         image_token_id (`int`): id of the placeholder that the packed tokens replace.
     """
@@ -161,9 +178,11 @@ class HSENetConfig(PreTrainedConfig):
     local_vision_config: dict | PreTrainedConfig | None = None
     slice_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
+    projector: Literal["spatial_packer", "spatial_pooling", "sequence_pooling", "qformer", "mlp"] = "spatial_packer"
     packer_window_size: list[int] | tuple[int, ...] = (1, 4, 4)
     packer_dropout: float = 0.1
     packer_residual: Literal["projected_query", "query"] = "projected_query"
+    qformer_num_layers: int = 2
     num_slices: int = 32
     image_token_id: int = 200029
     initializer_range: float = 0.02
@@ -193,6 +212,8 @@ class HSENetConfig(PreTrainedConfig):
                     f"The patch grid {encoder.grid_size} should be divisible by packer_window_size "
                     f"{self.packer_window_size}."
                 )
+        if self.qformer_num_layers < 1:
+            raise ValueError(f"qformer_num_layers should be at least 1, got {self.qformer_num_layers}.")
         super().__post_init__(**kwargs)
 
     def _encoder_configs(self) -> list[HSENetVisionConfig]:

@@ -4,10 +4,10 @@
 Volumes enter as `pixel_values` (batch, 1, depth, height, width), axial slices as `slice_pixel_values`
 (batch, num_slices, 3, height, width). `HSENetVisionModel` is each of the three ViTs: the global 3D encoder, the
 local one (2E3), whose patches are weighed by a slice-guided scorer, and the 2D encoder of the slices.
-`HSENetCLIPModel` compares volumes with reports; `HSENetForConditionalGeneration` writes about volumes.
+`HSENetCLIPModel` compares volumes with reports; `HSENetForConditionalGeneration` writes about volumes. Attention and
+what stands between encoders and language model are in `attention_hsenet.py` and `projectors_hsenet.py`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -23,18 +23,21 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 
 try:
+    from .attention_hsenet import HSENetAttention, HSENetSliceGuidedScorer
     from .configuration_hsenet import HSENetCLIPConfig, HSENetConfig, HSENetVisionConfig
+    from .projectors_hsenet import PROJECTORS, HSENetMultiModalProjector, HSENetQFormer
 except ImportError:  # imported as a plain top-level module, not from the Hub cache
     if __package__:
         raise
+    from attention_hsenet import HSENetAttention, HSENetSliceGuidedScorer
     from configuration_hsenet import HSENetCLIPConfig, HSENetConfig, HSENetVisionConfig
+    from projectors_hsenet import PROJECTORS, HSENetMultiModalProjector, HSENetQFormer
 
 
 @dataclass
@@ -44,7 +47,7 @@ class HSENetVisionOutput(BaseModelOutputWithPooling):
         last_hidden_state (`torch.Tensor` of shape `(batch, 1 + num_patches, hidden_size)`): CLS first, then patches.
         pooler_output (`torch.Tensor` of shape `(batch, hidden_size)`): the CLS token.
         patch_scores (`torch.Tensor` of shape `(batch, *grid_size)`, *optional*):
-            Weight in (0, 1) that the slices give to each patch; only from an encoder with slice guidance.
+            Weight in (0, 1) that the slices give to each patch; only from an encoder with a scorer.
         slice_attentions (`torch.Tensor` of shape `(batch, num_patches, num_slices)`, *optional*):
             How much each patch looked at each slice; only with eager attention.
     """
@@ -136,38 +139,6 @@ def _cache_in(values: dict) -> dict[str, Cache]:
     return {name: value for name, value in values.items() if name in _CACHE_NAMES and value is not None}
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling  # (batch, heads, queries, keys)
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-def attend(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention as the configuration implements it: `(batch, heads, length, head_dim)` to `(batch, length, heads,
-    head_dim)`, and the weights where the implementation has them."""
-    attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation, eager_attention_forward
-    )
-    dropout = module.attention_dropout if module.training else 0.0
-    return attention_interface(
-        module, query, key, value, None, dropout=dropout, scaling=module.scaling, is_causal=module.is_causal
-    )
-
-
 class HSENetPatchEmbeddings(nn.Module):
     """Cuts a volume into patches, projects each and adds its learned position (paper section 3.1)."""
 
@@ -194,28 +165,6 @@ class HSENetPatchEmbeddings(nn.Module):
         patches = patches.permute(0, 2, 4, 6, 3, 5, 7, 1)
         patches = patches.flatten(4).flatten(1, 3)  # (batch, num_patches, patch_dim)
         return self.projection(patches.to(self.projection.weight.dtype)) + self.position_embeddings
-
-
-class HSENetAttention(nn.Module):
-    """Multi-head self-attention over CLS and patches."""
-
-    def __init__(self, config: HSENetVisionConfig):
-        super().__init__()
-        self.config = config
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = False
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch, length, hidden_size = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
-        attended, weights = attend(self, query, key, value)
-        return self.out_proj(attended.reshape(batch, length, hidden_size)), weights
 
 
 class HSENetMLP(nn.Module):
@@ -247,113 +196,16 @@ class HSENetEncoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
 
-class HSENetCrossAttention(nn.Module):
-    """Single-head cross-attention of queries to a context of the same or another width, then LayerNorm.
-
-    The residual is the query after its projection (in the released weights) or before it.
-    """
-
-    def __init__(self, config: PreTrainedConfig, sizes: tuple[int, int], dropout: float, residual: str, eps: float):
-        super().__init__()
-        hidden_size, context_size = sizes
-        self.config = config
-        self.attention_dropout = dropout
-        self.projected_residual = residual == "projected_query"
-        self.scaling = hidden_size**-0.5
-        self.is_causal = False
-        self.q_proj = nn.Linear(hidden_size, hidden_size)
-        self.k_proj = nn.Linear(context_size, hidden_size)
-        self.v_proj = nn.Linear(context_size, hidden_size)
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(hidden_size, eps=eps)
-
-    def forward(self, queries: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = self.q_proj(queries)  # (batch, num_queries, hidden_size)
-        key, value = self.k_proj(context), self.v_proj(context)  # (batch, num_keys, hidden_size)
-        attended, weights = attend(self, query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
-        attended = self.out_proj(attended.reshape(query.shape))
-        weights = weights.squeeze(1) if weights is not None else None  # (batch, num_queries, num_keys)
-        residual = query if self.projected_residual else queries
-        return self.norm(residual + self.dropout(attended)), weights
-
-
-class HSENetSliceGuidedScorer(nn.Module):
-    """Gives each 3D patch a weight in (0, 1) from what the 2D slices show (2E3, paper section 3.2)."""
-
-    def __init__(self, config: HSENetVisionConfig):
-        super().__init__()
-        sizes = (config.hidden_size, config.slice_hidden_size)
-        self.attention = HSENetCrossAttention(
-            config, sizes, config.scorer_dropout, config.scorer_residual, config.layer_norm_eps
-        )
-        self.score_proj = nn.Linear(config.hidden_size, 1)
-
-    def forward(
-        self, patch_states: torch.Tensor, slice_features: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        guided, weights = self.attention(patch_states, slice_features)
-        return torch.sigmoid(self.score_proj(guided)), weights  # (batch, num_patches, 1)
-
-
-class HSENetSpatialPacker(nn.Module):
-    """Packs each window of patches into one token: voxel-to-point cross-attention (paper section 3.3).
-
-    The window's mean is the query (point), its patches are keys and values (voxels).
-    """
-
-    def __init__(self, config: HSENetConfig, vision_config: HSENetVisionConfig):
-        super().__init__()
-        self.grid_size = vision_config.grid_size
-        self.window_size = config.packer_window_size
-        width, text_width = vision_config.hidden_size, config.text_config.hidden_size
-        self.attention = HSENetCrossAttention(
-            config, (width, width), config.packer_dropout, config.packer_residual, vision_config.layer_norm_eps
-        )
-        self.fc1 = nn.Linear(width, text_width)
-        self.activation = ACT2FN[vision_config.hidden_act]
-        self.fc2 = nn.Linear(text_width, text_width)
-
-    def forward(self, patch_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        voxel_states = self.split_windows(patch_states)  # (batch * num_windows, window_patches, hidden_size)
-        point_states = voxel_states.mean(dim=1, keepdim=True)  # (batch * num_windows, 1, hidden_size)
-        packed, weights = self.attention(point_states, voxel_states)
-        packed = packed.reshape(patch_states.shape[0], -1, patch_states.shape[-1])  # (batch, num_windows, hidden_size)
-        return self.fc2(self.activation(self.fc1(packed))), weights
-
-    def split_windows(self, patch_states: torch.Tensor) -> torch.Tensor:
-        (grid_d, grid_h, grid_w), (win_d, win_h, win_w) = self.grid_size, self.window_size
-        # (batch, windows_d, win_d, windows_h, win_h, windows_w, win_w, hidden_size)
-        windows = patch_states.reshape(
-            -1, grid_d // win_d, win_d, grid_h // win_h, win_h, grid_w // win_w, win_w, patch_states.shape[-1]
-        )
-        # (batch, windows_d, windows_h, windows_w, win_d, win_h, win_w, hidden_size)
-        windows = windows.permute(0, 1, 3, 5, 2, 4, 6, 7)
-        return windows.flatten(4, 6).flatten(0, 3)
-
-
-class HSENetMultiModalProjector(nn.Module):
-    """One spatial packer for each 3D encoder; their tokens follow each other, global first."""
-
-    def __init__(self, config: HSENetConfig):
-        super().__init__()
-        encoders = (config.vision_config, config.local_vision_config)
-        self.global_packer, self.local_packer = (
-            HSENetSpatialPacker(config, encoder) if encoder is not None else None for encoder in encoders
-        )
-
-    def forward(self, global_states: torch.Tensor | None, local_states: torch.Tensor | None) -> torch.Tensor:
-        pairs = ((self.global_packer, global_states), (self.local_packer, local_states))
-        packed = [packer(states)[0] for packer, states in pairs if packer is not None]
-        return torch.cat(packed, dim=1)  # (batch, image_seq_length, text_hidden_size)
-
-
 class HSENetPreTrainedModel(PreTrainedModel):
     config: PreTrainedConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HSENetEncoderLayer", "HSENetPatchEmbeddings", "HSENetSpatialPacker"]
+    _no_split_modules = [
+        "HSENetEncoderLayer",
+        "HSENetPatchEmbeddings",
+        *(projector.__name__ for projector in PROJECTORS.values()),
+    ]
     _skip_keys_device_placement = list(_CACHE_NAMES)
     # Scorer and packers have one head as wide as the encoder: wider than FlashAttention's and flex's kernels take.
     _supports_flash_attn = False
@@ -376,11 +228,13 @@ class HSENetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Linear: normal(0, initializer_range), zero bias. LayerNorm: 1, 0. Positions: truncated normal. CLS: 0."""
+        """Linear, queries: normal(0, initializer_range), zero bias. LayerNorm: 1, 0. Positions: truncated. CLS: 0."""
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, HSENetPatchEmbeddings):
             init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, HSENetQFormer):
+            init.normal_(module.queries, std=std)
         elif isinstance(module, HSENetVisionModel):
             init.zeros_(module.cls_token)
         elif isinstance(module, HSENetCLIPModel):
@@ -408,19 +262,27 @@ class HSENetVisionModel(HSENetPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: torch.Tensor, slice_features: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        slice_features: torch.Tensor | None = None,
+        guidance_mask: torch.Tensor | None = None,
+        **kwargs,
     ) -> HSENetVisionOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, *image_size)`).
             slice_features (`torch.Tensor` of shape `(batch, num_slices, slice_hidden_size)`, *optional*):
-                Required by, and only for, an encoder with slice guidance.
+                Required by, and only for, an encoder with a scorer; of slices, or a report's token states.
+            guidance_mask (`torch.Tensor` of shape `(batch, num_slices)`, *optional*):
+                0 for features that do not count: the padding of a report.
         """
         self._check_slice_features(pixel_values, slice_features)
         hidden_states = self.embeddings(pixel_values)  # (batch, num_patches, hidden_size)
         patch_scores = slice_attentions = None
         if self.scorer is not None:
-            scores, slice_attentions = self.scorer(hidden_states, slice_features.to(hidden_states.dtype))
+            scores, slice_attentions = self.scorer(
+                hidden_states, slice_features.to(hidden_states.dtype), guidance_mask
+            )
             hidden_states = hidden_states * scores
             patch_scores = scores.reshape(-1, *self.config.grid_size)
         if self.training and self.config.patch_dropout:
@@ -498,7 +360,12 @@ class HSENetSliceGuidedModel(HSENetPreTrainedModel):
 
 
 class HSENetCLIPModel(HSENetSliceGuidedModel):
-    """Volumes and reports in one embedding space: stage 1 (global encoder) and stage 2 (2E3 encoder)."""
+    """Volumes and reports in one embedding space: stage 1 (global encoder) and stage 2 (2E3 encoder).
+
+    With `guidance="text"` or `"text_cls"` (paper table 1b) a volume's embedding depends on the report that guides it.
+    Guided by its own report it has seen the answer: retrieval is then measured over all pairs, each volume guided by
+    each report, see `hsenet.evaluation.guided_similarity`.
+    """
 
     config: HSENetCLIPConfig
     main_input_name = "pixel_values"
@@ -521,6 +388,8 @@ class HSENetCLIPModel(HSENetSliceGuidedModel):
         pixel_values: torch.Tensor,
         slice_pixel_values: torch.Tensor | None = None,
         slice_features: torch.Tensor | None = None,
+        text_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> HSENetVisionOutput:
         """
@@ -528,15 +397,40 @@ class HSENetCLIPModel(HSENetSliceGuidedModel):
             pixel_values (`torch.Tensor` of shape `(num_volumes, 1, depth, height, width)`).
             slice_pixel_values (`torch.Tensor` of shape `(num_volumes, num_slices, 3, height, width)`, *optional*).
             slice_features (`torch.Tensor` of shape `(num_volumes, num_slices, slice_hidden_size)`, *optional*).
+            text_states (`torch.Tensor` of shape `(num_volumes, sequence_length, text_hidden_size)`, *optional*):
+                With guidance by text: `last_hidden_state` of [`~HSENetCLIPModel.get_text_features`], one a volume.
+            attention_mask (`torch.Tensor` of shape `(num_volumes, sequence_length)`, *optional*): of these texts.
 
         Returns:
             [`HSENetVisionOutput`]: `pooler_output` is the projected embedding `(num_volumes, projection_dim)`, not
             normalised.
         """
-        slice_features = self._slice_features(slice_pixel_values, slice_features)
-        vision_outputs = self.vision_model(pixel_values, slice_features, **kwargs)
+        mask = None
+        if self.guided_by_text:
+            features, mask = self._text_guidance(pixel_values, text_states, attention_mask)
+        else:
+            features = self._slice_features(slice_pixel_values, slice_features)
+        vision_outputs = self.vision_model(pixel_values, features, mask, **kwargs)
         vision_outputs.pooler_output = self.visual_projection(vision_outputs.pooler_output)
         return vision_outputs
+
+    @property
+    def guided_by_text(self) -> bool:
+        return self.config.guidance in ("text", "text_cls")
+
+    def _text_guidance(
+        self, pixel_values: torch.Tensor, text_states: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the scorer reads of the texts: all their tokens, or CLS alone."""
+        if text_states is None or len(text_states) != len(pixel_values):
+            raise ValueError(
+                f"This model's patches are scored by a report, so that a volume has no embedding of its own: expected "
+                f"the token states of {len(pixel_values)} texts, got "
+                f"{'none' if text_states is None else len(text_states)}. Call the model with as many texts as volumes."
+            )
+        if self.config.guidance == "text_cls":
+            return text_states[:, :1], None
+        return text_states, attention_mask
 
     @can_return_tuple
     def get_text_features(
@@ -574,11 +468,13 @@ class HSENetCLIPModel(HSENetSliceGuidedModel):
         Args:
             input_ids (`torch.Tensor` of shape `(num_texts, sequence_length)`).
             attention_mask (`torch.Tensor` of shape `(num_texts, sequence_length)`, *optional*).
-            pixel_values, slice_pixel_values, slice_features: see [`~HSENetCLIPModel.get_image_features`].
+            pixel_values, slice_pixel_values, slice_features: see [`~HSENetCLIPModel.get_image_features`]. With
+                guidance by text, text i guides volume i.
             output_patch_scores (`bool`): whether to return the slices' weights on the patch grid.
         """
-        image_outputs = self.get_image_features(pixel_values, slice_pixel_values, slice_features)
         text_outputs = self.get_text_features(input_ids, attention_mask)
+        text = (text_outputs.last_hidden_state, attention_mask) if self.guided_by_text else ()
+        image_outputs = self.get_image_features(pixel_values, slice_pixel_values, slice_features, *text)
         image_embeds = nn.functional.normalize(image_outputs.pooler_output, dim=-1)
         text_embeds = nn.functional.normalize(text_outputs.pooler_output, dim=-1)
         logits_per_image = self.logit_scale.exp() * image_embeds @ text_embeds.t()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from hsenet.collators import ContrastiveCollator
-from hsenet.metrics.retrieval import retrieval_metrics
+from hsenet.metrics.retrieval import similarity_metrics
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
 from processing_hsenet import HSENetProcessor
 
@@ -28,15 +28,47 @@ def embed(
     return torch.cat(images), torch.cat(texts)
 
 
+@torch.no_grad()
+def guided_similarity(model: HSENetCLIPModel, dataset: Dataset, collator: Callable, batch_size: int) -> torch.Tensor:
+    """
+    Cosines `(num_volumes, num_texts)` of a model that is guided by text: volume i guided by text j with text j.
+
+    So no volume is guided by its own report alone, which would tell the answer. It takes a pass of the encoder for
+    every pair: this model has no embedding that could be stored in an index.
+    """
+    volumes, texts = [], []
+    for batch in DataLoader(dataset, 1, collate_fn=collator):
+        volumes.append(batch["pixel_values"])
+        tokens = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        text = model.get_text_features(**tokens)
+        embedding = nn.functional.normalize(text.pooler_output, dim=-1)  # (1, projection_dim)
+        texts.append((text.last_hidden_state, tokens["attention_mask"], embedding))
+    rows = []
+    for pixel_values in torch.cat(volumes).split(batch_size):
+        pixel_values = pixel_values.to(model.device)
+        columns = []
+        for states, mask, embedding in texts:
+            guidance = {"text_states": states.expand(len(pixel_values), -1, -1)}
+            guidance["attention_mask"] = mask.expand(len(pixel_values), -1)
+            images = model.get_image_features(pixel_values, **guidance).pooler_output
+            columns.append(nn.functional.normalize(images, dim=-1) @ embedding[0])
+        rows.append(torch.stack(columns, dim=1).float().cpu())  # (batch, num_texts)
+    return torch.cat(rows)
+
+
 def evaluate_retrieval(
     model: HSENetCLIPModel, dataset: Dataset, collator: Callable, batch_size: int
 ) -> dict[str, float]:
     """Recalls while training, and the loss of the whole split as one batch."""
-    images, texts = embed(model, dataset, collator, batch_size)
-    logits = model.logit_scale.exp().item() * images @ texts.t()
+    if model.guided_by_text:
+        similarity = guided_similarity(model, dataset, collator, batch_size)
+    else:
+        images, texts = embed(model, dataset, collator, batch_size)
+        similarity = images @ texts.t()
+    logits = model.logit_scale.exp().item() * similarity
     labels = torch.arange(len(logits))
     loss = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.t(), labels)) / 2
-    metrics = retrieval_metrics(images, texts, ks=(5,))
+    metrics = similarity_metrics(similarity, ks=(5,))
     names = ("image_to_text_R@5", "text_to_image_R@5", "chance_R@5")
     return {"loss": loss.item(), **{name: metrics[name] for name in names}}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 
 FILE = "fingerprint.json"
@@ -106,7 +106,8 @@ def _outputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         channels, (_, height, width) = config.slice_config.num_channels, config.slice_config.image_size
         inputs["slice_features"] = model.get_slice_features(_waves(1, config.num_slices, channels, height, width))
         features["slice features"] = inputs["slice_features"]
-    elif guided is not None and guided.slice_hidden_size is not None:  # takes cached features only
+    elif guided is not None and guided.slice_hidden_size is not None and not _guided_by_text(config):
+        # It takes cached features only.
         inputs["slice_features"] = _waves(1, config.num_slices, guided.slice_hidden_size)
     vocabulary = config.text_config.vocab_size
     words = (torch.arange(1, 9) * 7919 % vocabulary).unsqueeze(0)
@@ -123,6 +124,10 @@ def _outputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if outputs.patch_scores is not None:
         features["patch scores"] = outputs.patch_scores
     return {**features, "logits": logits}
+
+
+def _guided_by_text(config: PreTrainedConfig) -> bool:
+    return config.model_type == "hsenet_clip" and config.guidance in ("text", "text_cls")
 
 
 def _waves(*shape: int) -> torch.Tensor:

@@ -108,6 +108,13 @@ def test_encoders_of_different_sizes():
         (HSENetVisionConfig, {"hidden_size": 100}, ["hidden_size 100", "num_attention_heads 12"]),
         (HSENetConfig, {"packer_window_size": (1, 3, 4)}, ["(8, 16, 16)", "(1, 3, 4)", "divisible"]),
         (HSENetConfig, {"packer_window_size": (4, 4)}, ["packer_window_size", "three", "(4, 4)"]),
+        (HSENetConfig, {"qformer_num_layers": 0}, ["qformer_num_layers", "at least 1", "0"]),
+        (HSENetCLIPConfig, {"guidance": "text", "slice_config": tiny.SLICES}, ["slice_config", 'guidance="slices"']),
+        (
+            HSENetCLIPConfig,
+            {"guidance": "text", "vision_config": {"slice_hidden_size": 9}},
+            ["slice_config", '"text"'],
+        ),
         (
             HSENetConfig,
             {"local_vision_config": {"image_size": (12, 32, 32)}, "packer_window_size": (2, 2, 2)},
@@ -127,7 +134,8 @@ def test_sizes_that_do_not_fit_are_named(config_class, arguments, words):
     ("config_class", "arguments"),
     [
         (HSENetConfig, {"encoders": "none"}),
-        (HSENetCLIPConfig, {"guidance": "text"}),
+        (HSENetCLIPConfig, {"guidance": "questions"}),
+        (HSENetConfig, {"projector": "convolution"}),
         (HSENetVisionConfig, {"hidden_size": "768"}),
         (HSENetVisionConfig, {"qkv_bias": "yes"}),
     ],

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from configuration_hsenet import HSENetConfig, HSENetVisionConfig
 from hsenet.checkpoint_names import LOCAL_ENCODER, PACKER
 from hsenet.name_table import rename
-from modeling_hsenet import HSENetSpatialPacker, HSENetVisionModel
+from modeling_hsenet import HSENetVisionModel
+from projectors_hsenet import HSENetSpatialPacker
 
 
 DATA = Path(__file__).parent / "data"

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from modeling_hsenet import HSENetCrossAttention, HSENetForConditionalGeneration, HSENetSpatialPacker
+from attention_hsenet import HSENetCrossAttention
+from modeling_hsenet import HSENetForConditionalGeneration
+from projectors_hsenet import HSENetSpatialPacker
 
 
 SLICE_WIDTH = tiny.SLICES["hidden_size"]

@@ -178,6 +178,18 @@ def test_stage2_starts_from_stage1_and_keeps_the_slice_encoder(stage1, stage2, f
     assert 0 < moved.max() < 0.01  # three steps from stage 1, not a new initialisation
 
 
+def test_stage2_guided_by_text(workspace, stage1):
+    settings = {**stage_settings("stage2", workspace, "stage2_text"), "guidance": "text", "max_steps": 2}
+    launch("stage2", settings, workspace)
+    second = load_file(workspace / "stage2_text" / "model.safetensors")
+    assert any("scorer" in name for name in second) and not any("slice_encoder" in name for name in second)
+    processor = json.loads((workspace / "stage2_text" / "processor_config.json").read_text())
+    assert processor["image_processor"]["num_slices"] == 0  # the model would refuse slices
+    stage3 = stage_settings("stage3", workspace, "refused") | {"stage2": str(workspace / "stage2_text")}
+    with pytest.raises(AssertionError, match='got guidance "text"'):
+        launch("stage3", stage3, workspace)
+
+
 def test_stage2_logs_the_decaying_weight_of_its_anchor(stage2):
     logged = [json.loads(line) for line in (stage2 / "log.jsonl").read_text().splitlines()]
     weights = [values["consistency_weight"] for values in logged if "consistency_weight" in values]

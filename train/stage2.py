@@ -29,7 +29,9 @@ from processing_hsenet import HSENetImageProcessor, HSENetProcessor
 @dataclass
 class ModelArguments:
     stage1: str = field(default="", metadata={"help": "Trained stage 1: the frozen anchor, and the initialisation."})
-    slice_encoder: str = field(default="", metadata={"help": "Frozen 2D encoder: a saved HSENetVisionModel."})
+    slice_encoder: str = field(
+        default="", metadata={"help": "Frozen 2D encoder: a saved HSENetVisionModel; used with guidance by slices."}
+    )
     init: Literal["stage1", "m3d_clip", "random"] = field(
         default="stage1", metadata={"help": "Where training starts from; the released weights: from M3D-CLIP."}
     )
@@ -37,6 +39,12 @@ class ModelArguments:
         default=None, metadata={"help": "With init=m3d_clip: the folder that `hsenet convert m3d-clip` wrote."}
     )
     num_slices: int = field(default=32)
+    guidance: Literal["slices", "text", "text_cls", "none"] = field(
+        default="slices", metadata={"help": "What scores the patches (paper table 1b): see HSENetCLIPConfig."}
+    )
+    image_processor: dict = field(
+        default_factory=dict, metadata={"help": "Preprocessing of the slices that differs from stage 1's processor."}
+    )
     scorer_residual: Literal["projected_query", "query"] = field(
         default="projected_query", metadata={"help": "What the scorer adds to its attention: see HSENetVisionConfig."}
     )
@@ -59,22 +67,23 @@ def initial_model(
     return model
 
 
-def guided_model(source: HSENetCLIPModel, slice_encoder: HSENetVisionModel, arguments: ModelArguments):
+def guided_model(source: HSENetCLIPModel, slice_encoder: HSENetVisionModel | None, arguments: ModelArguments):
     """A stage-2 model of the sizes of `source`; only its scorer is new, unless all of it is to start at random."""
     source_config = source.config.to_dict()
     config = HSENetCLIPConfig(
-        guidance="slices",
+        guidance=arguments.guidance,
         vision_config={**source_config["vision_config"], "scorer_residual": arguments.scorer_residual},
         text_config=source_config["text_config"],
-        slice_config=slice_encoder.config.to_dict(),
+        slice_config=slice_encoder.config.to_dict() if slice_encoder is not None else None,
         num_slices=arguments.num_slices,
         projection_dim=source.config.projection_dim,
         logit_scale_init_value=source.config.logit_scale_init_value,
         initializer_range=source.config.initializer_range,
     )
     model = HSENetCLIPModel(config)
-    model.slice_encoder.load_state_dict(slice_encoder.state_dict())
-    model.slice_encoder.requires_grad_(False)
+    if slice_encoder is not None:
+        model.slice_encoder.load_state_dict(slice_encoder.state_dict())
+        model.slice_encoder.requires_grad_(False)
     if arguments.init != "random":
         new = set(model.state_dict()) - set(source.state_dict())
         if not all(name.startswith(("vision_model.scorer.", "slice_encoder.")) for name in new):
@@ -97,18 +106,17 @@ def main(
     # Model   #
     ###########
     anchor = HSENetCLIPModel.from_pretrained(model_arguments.stage1).to(accelerator.device).eval()
-    slice_encoder = HSENetVisionModel.from_pretrained(model_arguments.slice_encoder)
+    slice_encoder, slices = None, {}
+    if model_arguments.guidance == "slices":
+        slice_encoder = HSENetVisionModel.from_pretrained(model_arguments.slice_encoder)
+        slices = {"num_slices": model_arguments.num_slices, "slice_size": slice_encoder.config.image_size[1:]}
     stage1_processor = HSENetProcessor.from_pretrained(model_arguments.stage1)
     tokenizer = stage1_processor.tokenizer
     model = guided_model(initial_model(anchor, tokenizer, model_arguments), slice_encoder, model_arguments)
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     image_processor = HSENetImageProcessor(
-        **{
-            **stage1_processor.image_processor.to_dict(),
-            "num_slices": model_arguments.num_slices,
-            "slice_size": slice_encoder.config.image_size[1:],
-        }
+        **{**stage1_processor.image_processor.to_dict(), **slices, **model_arguments.image_processor}
     )
 
     ###########

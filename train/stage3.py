@@ -38,6 +38,10 @@ class ModelArguments:
     stage2: str = field(default="", metadata={"help": "Trained stage 2: the local encoder and the slice encoder."})
     language_model: str = field(default="microsoft/Phi-4-mini-instruct")
     encoders: Literal["both", "global", "local"] = field(default="both")
+    projector: Literal["spatial_packer", "spatial_pooling", "sequence_pooling", "qformer", "mlp"] = field(
+        default="spatial_packer", metadata={"help": "Patches to tokens (paper table 2b): see HSENetConfig."}
+    )
+    qformer_num_layers: int = field(default=2)
     packer_window_size: list[int] = field(default_factory=lambda: [1, 4, 4])
     packer_dropout: float = field(default=0.1)
     packer_residual: Literal["projected_query", "query"] = field(
@@ -62,6 +66,11 @@ def assemble(
     stage1: HSENetCLIPModel, stage2: HSENetCLIPModel, arguments: ModelArguments
 ) -> tuple[HSENetForConditionalGeneration, PreTrainedTokenizerBase]:
     """Both trained encoders and the language model in one model; only the packers are new."""
+    if stage2.config.guidance != "slices":
+        raise ValueError(
+            f'Expected a stage 2 whose patches are scored by slices, got guidance "{stage2.config.guidance}": there '
+            "is no report to score them by while one is written."
+        )
     tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     if arguments.prompt_style == "plain":
@@ -75,6 +84,8 @@ def assemble(
         local_vision_config=stage2.config.vision_config.to_dict(),
         slice_config=stage2.config.slice_config.to_dict(),
         text_config=language_model.config.to_dict(),
+        projector=arguments.projector,
+        qformer_num_layers=arguments.qformer_num_layers,
         packer_window_size=arguments.packer_window_size,
         packer_dropout=arguments.packer_dropout,
         packer_residual=arguments.packer_residual,

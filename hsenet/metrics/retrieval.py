@@ -50,6 +50,38 @@ def retrieval_metrics(
         and `num_studies` under the study protocol.
     """
     ranks, studies = _ranks(image_embeds, text_embeds, study_ids, ks)
+    return _metrics(ranks, studies, study_ids, ks)
+
+
+def similarity_metrics(
+    similarity: np.ndarray | torch.Tensor,
+    *,
+    study_ids: Sequence[Hashable] | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, Any]:
+    """
+    `retrieval_metrics` for a model that scores pairs and has no embeddings.
+
+    Args:
+        similarity: `(num_items, num_items)`, of image i with text j; text i is the report of image i.
+    """
+    if isinstance(similarity, torch.Tensor):
+        similarity = similarity.detach().to("cpu", torch.float64).numpy()
+    scores = np.asarray(similarity, dtype=np.float64)
+    if scores.ndim != 2 or scores.shape[0] != scores.shape[1] or scores.size == 0 or not np.isfinite(scores).all():
+        raise ValueError(f"similarity must be a non-empty, finite, square array, got shape {scores.shape}.")
+    studies, one_hot = _study_numbers(study_ids, len(scores)), np.eye(len(scores))
+    directions = {"image_to_text": (scores, one_hot), "text_to_image": (scores.T, one_hot)}
+    ranks = {name: _query_scores(*sides, studies, ks) for name, sides in directions.items()}
+    return _metrics(ranks, studies, study_ids, ks)
+
+
+def _metrics(
+    ranks: dict[str, dict[str, np.ndarray]],
+    studies: np.ndarray,
+    study_ids: Sequence[Hashable] | None,
+    ks: Sequence[int],
+) -> dict[str, Any]:
     result: dict[str, Any] = {
         "protocol": _protocol(study_ids),
         "num_candidates": len(studies),
@@ -108,17 +140,23 @@ def _ranks(
             f"image_embeds and text_embeds must have one shape, row i of one matching row i of the other, "
             f"got {images.shape} and {texts.shape}."
         )
+    studies = _study_numbers(study_ids, len(images))
+    directions = {"image_to_text": (images, texts), "text_to_image": (texts, images)}
+    return {name: _query_scores(*sides, studies, ks) for name, sides in directions.items()}, studies
+
+
+def _query_scores(
+    queries: np.ndarray, candidates: np.ndarray, studies: np.ndarray, ks: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Score: what each query has, `(num_items,)`; similarities are the products of queries and candidates."""
     if any(k < 1 for k in ks):
         raise ValueError(f"Each k must be at least 1, got {tuple(ks)}.")
-    studies = _study_numbers(study_ids, len(images))
-    result = {}
-    for direction, queries, candidates in (("image_to_text", images, texts), ("text_to_image", texts, images)):
-        better, tied, tied_matches = _tie_counts(queries, candidates, studies)
-        result[direction] = {f"R@{k}": _hit_probability(tied, k - better, tied_matches) for k in ks}
-        # Expected position, and expected reciprocal of the position, of the first of the tied matches.
-        result[direction]["mean_rank"] = better + (tied + 1) / (tied_matches + 1)
-        result[direction]["mrr"] = _reciprocal_rank(better, tied, tied_matches)
-    return result, studies
+    better, tied, tied_matches = _tie_counts(queries, candidates, studies)
+    scores = {f"R@{k}": _hit_probability(tied, k - better, tied_matches) for k in ks}
+    # Expected position, and expected reciprocal of the position, of the first of the tied matches.
+    scores["mean_rank"] = better + (tied + 1) / (tied_matches + 1)
+    scores["mrr"] = _reciprocal_rank(better, tied, tied_matches)
+    return scores
 
 
 def _chance(studies: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
