@@ -3,8 +3,12 @@
 import copy
 import importlib.util
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +17,23 @@ import tiny
 import torch
 import yaml
 from accelerate import Accelerator
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from test_training import run
 from tokenizers import normalizers
 
 from hsenet.collators import ContrastiveCollator
 from hsenet.data import load_rows
+from hsenet.digests import model_digest
+from hsenet.metrics import RuleLabeller, retrieval_tally
 from hsenet.metrics.verdict import DOES_NOT_DEPEND
+from hsenet.phantom import CT_RATE_LABELS
 from hsenet.scoring.floors import age_and_sex_labels, constant_for_bleu, nearest_reports
+from hsenet.scoring.retrieval import compare_queries, save_queries
 from hsenet.scoring.rows import patient_of
+from hsenet.scoring.tallies import ReportTask, question_tallies
 from hsenet.scoring.volumes import BlankVolumes, shuffled_rows
-from hsenet.scoring.work import Generation, answers_to, embeddings_of, model_digest, share_out
+from hsenet.scoring.work import Generation, answers_to, embeddings_of, share_out
 from processing_hsenet import HSENetProcessor
 
 
@@ -96,10 +107,13 @@ def test_every_system_stands_beside_the_floors(metrics, workspace):
     }
     assert {"majority of type", "random of type"} < {result["system"] for result in metrics["results"]["vqa"]}
     assert {result["system"] for result in metrics["results"]["stage1 retrieval"]} == {"stage1", "chance"}
-    assert "stage2 volume retrieval" in metrics["results"] and "stage2 study-level retrieval" in metrics["results"]
+    between = {result["system"] for result in metrics["results"]["stage2 volume retrieval"]}
+    assert between == {"stage2", "random embeddings"} and "stage2 study-level retrieval" in metrics["results"]
     for task in metrics["results"].values():
         assert all(result["protocol"] for result in task)
         assert all(result["low"] <= result["value"] + 1e-9 for result in task if result["low"] is not None)
+    protocols = {result["protocol"] for result in metrics["results"]["report"] if result["score"] == "crg"}
+    assert len(protocols) == 1 and "[18 labels; " in protocols.pop()
     assert metrics["num_patients"] <= metrics["num_studies"] == 8
     assert (workspace / "one/recall_curves.png").stat().st_size > 5000
     assert (workspace / "one/findings.png").stat().st_size > 5000
@@ -123,10 +137,23 @@ def test_the_cards_entries(metrics):
     )
 
 
-def outputs(folder: Path) -> dict:
-    written = json.loads((folder / "metrics.json").read_text())
-    written["settings"].pop("output_dir")
-    return {"metrics": written, "predictions": (folder / "predictions.jsonl").read_text()}
+def test_the_hub_reads_the_cards_entries(metrics):
+    for name, entries in metrics["model_index"].items():
+        results = [result for entry in entries for result in model_index_to_eval_results([entry])[1]]
+        assert len(results) == sum(len(result["metrics"]) for entry in entries for result in entry["results"])
+        card = ModelCard.from_template(
+            ModelCardData(model_name=entries[0]["name"], eval_results=results, library_name="transformers"),
+            template_str="---\n{{ card_data }}\n---\n",
+        )
+        again = ModelCard(str(card)).data
+        assert again.to_dict()["model-index"] == entries and again.eval_results == results, name
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """Of all that a run leaves; where it was left is the one thing that may differ."""
+    names = ["metrics.json", "predictions.jsonl", "queries.safetensors", "table.md", "model_index.json", "ids.txt"]
+    place = json.dumps(str(folder)).encode()
+    return {name: (folder / name).read_bytes().replace(place, b"") for name in names}
 
 
 def test_two_processes_give_the_same_numbers(metrics, workspace):
@@ -146,7 +173,33 @@ def test_a_run_that_was_cut_off_goes_on(program, metrics, workspace):
     before = {path: path.stat().st_mtime_ns for path in parts[1::3]}
     evaluate(program, workspace, "resumed")
     assert outputs(workspace / "resumed") == outputs(workspace / "one")
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+
+
+def test_a_run_that_is_killed_again_and_again_gives_the_same_bytes(program, metrics, workspace):
+    output = workspace / "killed"
+    config = workspace / "killed.yaml"
+    config.write_text(yaml.safe_dump(settings(workspace, "killed")))
+    command = [sys.executable, str(ROOT / "train/evaluate.py"), "--config", str(config)]
+    expected = sum(path.is_file() for path in (workspace / "one/parts").rglob("*"))
+    kills = 0
+    for share in (0.2, 0.8):  # in the embeddings, and among the answers
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, env=environment, cwd=workspace, **quiet)
+        while process.poll() is None and len(finished(output)) < share * expected:
+            time.sleep(0.002)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 2 and not (output / "metrics.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in finished(output)}
+    evaluate(program, workspace, "killed")
+    assert outputs(output) == outputs(workspace / "one")
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())  # nothing is done twice
+
+
+def finished(output: Path) -> list[Path]:
+    return [path for path in (output / "parts").rglob("*") if path.is_file() and not path.suffix]
 
 
 def test_ids_and_a_baseline(program, metrics, workspace, tmp_path):
@@ -156,20 +209,82 @@ def test_ids_and_a_baseline(program, metrics, workspace, tmp_path):
     (tmp_path / "ids.txt").write_text("\n".join(names[::-1]))
     # greedy, so another run; without questions, so that every row is in the baseline
     changes = {"tasks": ["reports"], "stage1": None, "stage2": None, "temperature": 0.0}
+    names_of = dict(enumerate(CT_RATE_LABELS))
+    classifier, encoder = tiny.bert(tmp_path / "reader", id2label=names_of), tiny.bert(tmp_path / "encoder")
     chosen = evaluate(
         program, workspace, "chosen", ids=str(tmp_path / "ids.txt"), baseline=str(workspace / "one"),
-        all_reconstructions=False, **changes,
+        all_reconstructions=False, labeller=classifier, bert_score_model=encoder, bert_score_layer=1, **changes,
     )  # fmt: skip
     predicted = [json.loads(line) for line in (workspace / "chosen/predictions.jsonl").read_text().splitlines()]
     assert [row["volume_name"] for row in predicted] == names[::-1] and chosen["num_questions"] == 0
     compared = {record["score"]: record for record in chosen["baseline"]}
     assert compared["findings_f1_macro"]["low"] <= compared["findings_f1_macro"]["difference"]
+    protocols = " ".join({result["protocol"] for result in chosen["results"]["report"]})
+    assert "bertscore/2[encoder " in protocols and "; reader " in protocols
+    assert str(tmp_path) not in json.dumps([chosen["results"], chosen["model_index"]])
     (tmp_path / "ids.txt").write_text("nobody")
     with pytest.raises(ValueError, match="1 of 1 ids are not in the split, the first in line 1"):
         evaluate(program, workspace, "nobody", ids=str(tmp_path / "ids.txt"), **changes)
 
 
+def test_a_list_is_the_pool_siblings_and_all_and_retrieval_is_compared(program, metrics, workspace, tmp_path):
+    pool = (workspace / "one/ids.txt").read_text().split()
+    (tmp_path / "ids.txt").write_text("\n".join([*pool, ""]))
+    changes = {"model": None, "stage2": None, "all_reconstructions": False, "ids": str(tmp_path / "ids.txt")}
+    with pytest.raises(ValueError, match="no stage1 retrieval"):
+        evaluate(program, workspace, "listed", baseline=str(workspace / "chosen"), **changes)
+    listed = evaluate(program, workspace, "listed", baseline=str(workspace / "one"), **changes)
+    assert (
+        listed["ids_digest"] == metrics["ids_digest"] and listed["stage1 study-level"] == metrics["stage1 study-level"]
+    )
+    assert {record["task"] for record in listed["baseline"]} == set(listed["results"])
+    assert all(record["difference"] in (0, None) for record in listed["baseline"])
+    (tmp_path / "ids.txt").write_text("\n".join(pool[::-1]))
+    with pytest.raises(ValueError, match="among other volumes"):
+        evaluate(program, workspace, "listed", baseline=str(workspace / "one"), **changes)
+    (tmp_path / "ids.txt").write_text("\n".join([*pool, pool[0]]))
+    with pytest.raises(ValueError, match=f"1 of {len(pool) + 1} ids repeat"):
+        evaluate(program, workspace, "listed", **changes)
+
+
+def test_a_better_model_is_better_than_its_baseline(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(90, 8))
+    near, far = (retrieval_tally(images, images + noise * rng.normal(size=(90, 8))) for noise in (0.5, 2.0))
+    save_queries(tmp_path / "queries", {"stage1 retrieval": far}, "ids")
+    arguments = ({"stage1 retrieval": near}, tmp_path / "queries", "ids", list(range(90)), 200, 0)
+    records = {record["score"]: record for record in compare_queries(*arguments)}
+    expected = near.scores()["image_to_text_R@1"] - far.scores()["image_to_text_R@1"]
+    assert records["image_to_text_R@1"]["difference"] == pytest.approx(expected)
+    assert records["image_to_text_R@1"]["low"] > 0 and records["image_to_text_R@1"]["p_holm"] < 0.05
+
+
 # The parts
+
+
+def test_a_finding_that_nobody_has_is_still_wrong_to_claim():
+    truth = np.zeros((4, 18), dtype=bool)
+    truth[:2, 1] = True
+    task = ReportTask(["a"] * 4, truth, RuleLabeller(), overlap=())
+    invented = truth.copy()
+    invented[:, 9] = True
+    honest, inventing = (task.finding_tallies(found)[0].scores() for found in (truth, invented))
+    assert honest["findings_f1_macro"] == inventing["findings_f1_macro"] == honest["crg"] == 1
+    assert inventing["findings_f1_micro"] < 0.7 and inventing["crg"] < 0.95
+
+
+def test_multiple_choice_is_scored_where_there_are_options():
+    questions = [
+        {"answer": "B", "question_type": "organ", "options": ["heart", "lung"]},
+        {"answer": "yes", "question_type": "presence", "options": None},
+    ]
+    scores = {
+        name: value
+        for tally in question_tallies(["B. lung", "yes"], questions)
+        for name, value in tally.scores().items()
+    }
+    assert scores["accuracy"] == 0.5 and scores["option_accuracy"] == 1 and scores["option_accuracy[type=organ]"] == 1
+    assert not any(name.startswith("option") for t in question_tallies(["yes"], questions[1:]) for name in t.scores())
 
 
 def test_nobody_keeps_their_own_scan(workspace):

@@ -1,5 +1,7 @@
 """Faults of published scores on the honest protocols, intervals, paired tests, verdicts and tables."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -145,6 +147,9 @@ def test_sets_and_groups():
     assert scores["accuracy"] == 0 and scores["set_accuracy"] == pytest.approx(1 / 3)
     assert scores["set_f1"] == pytest.approx((1 + 2 / 3) / 3)
     assert scores["accuracy[type=location]"] == 0 and "accuracy[anatomy=None]" not in scores
+    assert scores["set_accuracy[anatomy=lung]"] == 0.5 and scores["set_accuracy[type=location]"] == pytest.approx(
+        1 / 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +177,13 @@ def test_options_beside_m3ds_test():
     said, options = ["CTA.", "B.", "none"], [["x", "y"]] * 3
     assert options_m3d_tally(said, ["A", "B", "A"]).scores()["option_m3d"] == pytest.approx(2 / 3)
     scores = options_tally(said, ["A", "B", "A"], options).scores()
-    assert scores == pytest.approx({"option_accuracy": 1 / 3, "unreadable": 2 / 3, "chance": 0.5})
+    assert scores == pytest.approx({"option_accuracy": 1 / 3, "unreadable": 2 / 3, "option_chance": 0.5})
+    groups = {"type": ["plane", "organ", "organ"], "anatomy": ["lung", None, None]}
+    scores = options_tally(
+        ["B", "A", "heart"], ["A", "A", "heart"], [["x", "y"], ["x", "y", "z"], None], groups
+    ).scores()
+    assert scores["option_accuracy"] == 0.5 and scores["option_chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert scores["option_accuracy[type=organ]"] == 1 and scores["option_accuracy[anatomy=lung]"] == 0
     with pytest.raises(ValueError, match="letter of one of its 2 options, got 'C'"):
         options_tally(["A"], ["C"], [["x", "y"]])
 
@@ -190,14 +201,14 @@ def clustered(rng: np.random.Generator, num_clusters: int, per_cluster: int) -> 
 
 def test_intervals_by_patient_cover_at_the_nominal_rate_and_by_scan_they_do_not():
     rng, covered = np.random.default_rng(3), {"patients": 0, "scans": 0}
-    trials = 400
+    trials = 500
     for trial in range(trials):
         hits, patients = clustered(rng, 80, 4)
         tally = mean_tally("test/1", {"hit": hits})
         for name, clusters in (("patients", patients), ("scans", np.arange(len(hits)))):
             low, high = confidence_intervals(tally, clusters.tolist(), num_resamples=300, seed=trial)["hit"]
             covered[name] += low <= 0.4 <= high
-    assert 0.92 <= covered["patients"] / trials <= 0.98
+    assert 0.93 <= covered["patients"] / trials <= 0.97
     assert covered["scans"] / trials < 0.87
 
 
@@ -281,6 +292,15 @@ def test_table_refuses_to_mix_protocols():
         results_table([*rows, Result("published", "bleu_4", 0.24, "bleu-coco/1")])
     with pytest.raises(ValueError, match="two values"):
         results_table([rows[0], rows[0].__class__("model", "bleu_4", 0.3, "bleu-13a/1")])
+
+
+def test_names_from_a_dataset_stay_text_in_a_table():
+    hostile = "acc[type=a|b](http://x) <img src=x>\n| 1 |"
+    table = results_table([Result("=cmd|'/x'!A1\nmodel", hostile, 0.5, "p/1[`a`|b]")])
+    lines = table.splitlines()
+    assert len(lines) == 5 and lines[2].startswith("| =cmd\\|'/x'!A1 model | 0.500")
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in lines[:3])
+    assert "<img" not in table and "](" not in table and "&lt;img" in table
 
 
 def test_modules_of_evaluate(tmp_path, random_volumes):

@@ -3,12 +3,18 @@
 import json
 import math
 import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 from nltk.translate.bleu_score import corpus_bleu as nltk_corpus_bleu
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel, RobertaTokenizer
 
 from hsenet.metrics import (
     ClassifierLabeller,
@@ -165,24 +171,11 @@ def test_other_protocols_and_unusable_texts_are_refused():
 
 @pytest.fixture(scope="module")
 def tiny_bert(tmp_path_factory) -> str:
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "no", "effusion", "nodule", "seen", "is", "a", "."]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
-    tokenizer.model_max_length = 16
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)).save_pretrained(folder)
-    return str(folder)
+    return tiny.bert(tmp_path_factory.mktemp("bert"))
 
 
 def test_bert_score_by_hand(tiny_bert):
     import torch
-    from transformers import AutoModel, AutoTokenizer
 
     said, truth = ["a nodule is seen .", "no effusion", None], ["no effusion is seen", "no effusion", "a nodule"]
     tally = bert_score_tally(said, truth, model=tiny_bert, layer=1, batch_size=2)
@@ -204,9 +197,59 @@ def test_bert_score_by_hand(tiny_bert):
         bert_score_tally(said, truth, model=tiny_bert, layer=17)
 
 
+@pytest.fixture
+def tiny_roberta(tmp_path) -> str:
+    """Its pieces begin with the space before a word, so that a first word is another piece than the same one later."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words, alphabet = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=words, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["a nodule is seen in the lung", "no effusion is seen"] * 3, trainer)
+    backend.model.save(str(tmp_path))
+    tokenizer = RobertaTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    tokenizer.model_max_length = 30
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    RobertaModel(RobertaConfig(vocab_size=320, max_position_embeddings=34, **sizes)).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_bert_score_is_bert_score(tiny_bert):
+    from bert_score import score
+
+    said = ["a nodule is seen .", " no effusion ", "seen"]
+    truth = [" no effusion is seen", "no effusion", "a nodule is seen . is seen"]
+    theirs = score(said, truth, model_type=tiny_bert, num_layers=2, idf=False)
+    ours = bert_score_tally(said, truth, model=tiny_bert, layer=2).scores()
+    assert list(ours.values()) == pytest.approx([column.mean().item() for column in theirs], abs=1e-6)
+
+
+def test_the_first_word_is_the_word_it_is_elsewhere(tiny_roberta):
+    """bert_score asks for the space before it; transformers 5 no longer listens, so theirs gets it in the text."""
+    import bert_score.utils
+
+    said, truth = ["nodule is seen", "no effusion"], ["a nodule is seen in the lung", "effusion"]
+    ours = bert_score_tally(said, truth, model=tiny_roberta, layer=2).scores()
+    assert bert_score_tally([f"  {text}" for text in said], truth, model=tiny_roberta, layer=2).scores() == ours
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_roberta), AutoModel.from_pretrained(tiny_roberta).eval()
+    weights = dict.fromkeys(range(320), 1.0) | {0: 0.0, 2: 0.0}
+    spaced = lambda tokenizer, text: tokenizer.encode(f" {text.strip()}")  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bert_score.utils, "sent_encode", spaced)
+        model.encoder.layer = model.encoder.layer[:2]
+        theirs = bert_score.utils.bert_cos_score_idf(model, truth, said, tokenizer, weights, device="cpu")
+    assert list(ours.values()) == pytest.approx(theirs.mean(0).tolist(), abs=1e-6)
+
+
+def test_scores_of_local_models_tell_their_weights_and_not_where_they_lie(tiny_bert):
+    protocol = bert_score_tally(["a"], ["a"], model=tiny_bert, layer=1).protocol
+    name = Path(tiny_bert).name
+    assert protocol.startswith(f"bertscore/2[{name} ") and "/" not in protocol.split("[")[1]
+
+
 def test_a_classifier_reads_the_findings(tiny_bert, tmp_path):
     import torch
-    from transformers import AutoTokenizer, BertForSequenceClassification
+    from transformers import BertForSequenceClassification
 
     findings = ["Lung nodule", "Pleural effusion"]
     model = BertForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
@@ -221,7 +264,8 @@ def test_a_classifier_reads_the_findings(tiny_bert, tmp_path):
     with pytest.raises(ValueError, match="Emphysema"):
         labeller(["a nodule"], ["Emphysema"])
     scores = report_metrics(["a nodule"], ["a nodule"], labels=findings, labeller=labeller)
-    assert scores["findings_f1_macro"] == 1 and "threshold 0.5" in scores["findings_protocol"]
+    assert scores["findings_f1_macro"] == 1 and "threshold 0.5, 16 tokens" in scores["findings_protocol"]
+    assert labeller(["a nodule is seen . " * 9], findings).tolist() == [[True, False]]  # longer than the model takes
 
 
 def test_radeval_is_asked_for_or_an_error():
@@ -234,7 +278,52 @@ def test_radeval_is_asked_for_or_an_error():
             radeval_tally("ratescore", ["a"], ["a"])
 
 
+class RadEvalOf22:
+    """What RadEval 2.2.1 answers, by its sources: a list a score, of each report."""
+
+    def __init__(self, metrics, per_sample):
+        assert per_sample
+        self.names = {"radgraph": ["radgraph_simple", "radgraph_partial", "radgraph_complete"]}.get(*metrics, metrics)
+
+    def __call__(self, refs, hyps):
+        return {name: [len(hyp) / len(ref) for ref, hyp in zip(refs, hyps, strict=True)] for name in self.names}
+
+
+def test_radeval_never_sees_an_empty_report(monkeypatch):
+    """Its models need weights from the Hub: here only what we ask it for and what we make of the answer."""
+    from hsenet.metrics import radiology
+
+    monkeypatch.setitem(sys.modules, "radeval", SimpleNamespace(RadEval=RadEvalOf22))
+    monkeypatch.setattr(radiology, "version", lambda name: "2.2.1")
+    radiology._scorer.cache_clear()
+    try:
+        tally = radeval_tally("radgraph", ["ab", "", None, "abcd"], ["abcd"] * 4)
+        assert tally.scores() == dict.fromkeys(("radgraph_simple", "radgraph_partial", "radgraph_complete"), 1.5 / 4)
+        assert tally.protocol == "radgraph/1[RadEval 2.2.1]"
+        assert radeval_tally("green", [""], ["a"]).scores() == {"green": 0.0}
+        assert radeval_tally("ratescore", ["a"], ["a"]).scores() == {"ratescore": 1.0}
+    finally:
+        radiology._scorer.cache_clear()
+
+
 # Findings
+
+
+def test_f1_is_that_of_scikit_learn():
+    from sklearn.metrics import f1_score, precision_score, recall_score
+
+    rng = np.random.default_rng(1)
+    truth, predicted = rng.random((90, 18)) < 0.2, rng.random((90, 18)) < 0.3
+    scores = findings_tally(predicted, truth).scores()
+    for name, theirs in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
+        for average in ("macro", "micro", "weighted"):
+            expected = theirs(truth, predicted, average=average)
+            assert scores[f"findings_{name}_{average}"] == pytest.approx(expected, rel=1e-12)
+    truth[:, 5] = False  # scikit-learn counts a finding that never occurs as F1 0, we leave it out of the macro mean
+    ours, theirs = (findings_tally(predicted, truth).scores(), f1_score(truth, predicted, average="macro"))
+    assert ours["findings_f1_macro"] == pytest.approx(theirs * 18 / 17, rel=1e-12)
+    assert ours["findings_f1_micro"] == pytest.approx(f1_score(truth, predicted, average="micro"), rel=1e-12)
+    assert math.isnan(ours[f"f1[{CT_RATE_LABELS[5]}]"])
 
 
 def test_weighted_f1_and_crg_by_hand():

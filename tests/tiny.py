@@ -1,9 +1,17 @@
 """Tiny real configurations, tokenizers and scans for the tests: the package's own classes at small sizes."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizerFast,
+    PreTrainedTokenizerFast,
+)
 
 from configuration_hsenet import HSENetCLIPConfig, HSENetConfig, HSENetVisionConfig
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration, HSENetVisionModel
@@ -112,3 +120,18 @@ def scan(seed: int = 0, shape: tuple[int, int, int] = (10, 40, 36)) -> np.ndarra
     array[:, height // 8 : -height // 8, width // 8 : -width // 4] = 40
     array[depth // 3 :, height // 4 : height // 2, width // 4 : width // 2] = -850
     return array + generator.normal(0, 15, shape).astype(np.float32)
+
+
+def bert(folder: Path, **changes) -> str:
+    """A BERT of transformers with its tokenizer, saved; with `id2label` one that classifies."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "no", "effusion", "nodule", "seen", "is", "a", "."]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    vocabulary = BertTokenizerFast(str(folder / "vocab.txt"))
+    vocabulary.model_max_length = 16
+    vocabulary.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes, **changes)
+    (BertForSequenceClassification if changes else BertModel)(config).save_pretrained(folder)
+    return str(folder)

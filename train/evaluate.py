@@ -5,8 +5,8 @@
     accelerate launch --num_processes 8 train/evaluate.py ...       # the same numbers
 
 Any of the three models may be left out. Writes `metrics.json` (every score with its protocol and its interval by
-patient), `predictions.jsonl`, `table.md`, `model_index.json` (for the models' cards), `ids.txt` (the volumes scored)
-and figures. Batches that are done are kept in `parts/`: a run that was cut off goes on there.
+patient), `predictions.jsonl`, `queries.safetensors`, `table.md`, `model_index.json` (for the models' cards), `ids.txt`
+(the volumes scored) and figures. Batches that are done are kept in `parts/`: a run that was cut off goes on there.
 
 The floors: chance, random and constant reports, the nearest training report, all findings claimed, age and sex alone,
 majority answers; and the model's own output on another patient's and on a blank scan. Text that doesn't come from the
@@ -25,21 +25,27 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from hsenet.collators import ContrastiveCollator
+from hsenet.digests import digest, model_digest
 from hsenet.metrics.labellers import ClassifierLabeller, RuleLabeller
 from hsenet.metrics.table import as_records
+from hsenet.metrics.tally import Tally
 from hsenet.scoring import text
 from hsenet.scoring.figures import save_finding_bars, save_recall_curves
 from hsenet.scoring.floors import nearest_reports, question_floors
 from hsenet.scoring.output import model_index, scorer_of, tables, versions, write_json
-from hsenet.scoring.retrieval import RetrievalScores, score_embeddings
+from hsenet.scoring.retrieval import RetrievalScores, compare_queries, save_queries, score_embeddings
 from hsenet.scoring.rows import EvaluationRows, load_evaluation_rows, patient_of
 from hsenet.scoring.tallies import ReportTask, question_tallies
 from hsenet.scoring.volumes import BlankVolumes, shuffled_rows
-from hsenet.scoring.work import Generation, answers_to, digest, embeddings_of, model_digest
+from hsenet.scoring.work import Generation, answers_to, embeddings_of
 from hsenet.training import parse_arguments
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
 from processing_hsenet import HSENetProcessor
+
+
+QUERIES = "queries.safetensors"  # what each query of retrieval adds to the scores
+MIN_TESTED = 1000  # resamples of a test
 
 
 @dataclass
@@ -170,16 +176,17 @@ def write_texts(
     return written, reason, sha
 
 
-def report_task(rows: list[dict], arguments: EvaluationArguments) -> ReportTask:
+def report_task(rows: list[dict], arguments: EvaluationArguments, device: torch.device) -> ReportTask:
     given = all(row.get("labels") for row in rows)
     bert_score = (arguments.bert_score_model, arguments.bert_score_layer) if arguments.bert_score_model else None
     return ReportTask(
         references=[row["answer"] for row in rows],
         labels=np.array([row["labels"] for row in rows]) if given else None,
-        labeller=ClassifierLabeller(arguments.labeller) if arguments.labeller else RuleLabeller(),
+        labeller=ClassifierLabeller(arguments.labeller, device=device) if arguments.labeller else RuleLabeller(),
         overlap=arguments.overlap,
         bert_score=bert_score,
         radeval=arguments.radeval,
+        device=device,
     )
 
 
@@ -189,11 +196,12 @@ def score_text(
     written: dict[str, text.Texts],
     neighbours: text.Texts,
     arguments: EvaluationArguments,
+    device: torch.device,
 ) -> tuple[dict[str, list], dict[str, Any]]:
     """The results of each task, and what else `metrics.json` holds of them."""
     resamples, seed = arguments.num_resamples, arguments.seed
     patients = {task: [patient_of(row) for row in of_task] for task, of_task in asked.items()}
-    task = report_task(asked["report"], arguments)
+    task = report_task(asked["report"], arguments, device)
     texts, label_floors, best = text.report_floors(task, asked["report"], rows.training, seed)
     texts = {**written["report"], **texts, **neighbours}
     tallies = {"report": {**{system: task.tallies(some) for system, some in texts.items()}, **label_floors}}
@@ -207,7 +215,7 @@ def score_text(
         for name, systems in tallies.items()
     }
     results["report"] += text.diversity_results({**texts, "true reports": list(task.references)})
-    tested = max(resamples, 1000)
+    tested = max(resamples, MIN_TESTED)
     if text.OTHER in written["report"]:
         facts["verdict"] = text.verdict_of(tallies, written, patients, tested, seed)
     if arguments.baseline:
@@ -237,6 +245,19 @@ def write_outputs(output: Path, metrics: dict, results: dict[str, list], curves:
         save_finding_bars(bars, output / "findings.png")
     print(f"\n{metrics['num_studies']} held-out studies, {metrics['num_questions']} questions\n")
     print("\n\n".join(printed) + "\n")
+
+
+def compare_retrieval(
+    queries: dict[str, Tally], rows: EvaluationRows, metrics: dict[str, Any], arguments: EvaluationArguments
+) -> None:
+    """Keeps what a later run compares itself with, and compares this one with its baseline."""
+    ids, patients = metrics["ids_digest"], [patient_of(row) for row in rows.volumes]
+    if arguments.baseline:
+        theirs = Path(arguments.baseline) / QUERIES
+        tested = max(arguments.num_resamples, MIN_TESTED)
+        records = compare_queries(queries, theirs, ids, patients, tested, arguments.seed)
+        metrics["baseline"] = [*records, *metrics.get("baseline", [])]
+    save_queries(Path(arguments.output_dir) / QUERIES, queries, ids)
 
 
 def model_indexes(metrics: dict, results: dict[str, list], arguments: EvaluationArguments) -> dict[str, list]:
@@ -284,6 +305,7 @@ def main(arguments: EvaluationArguments) -> None:
     }
     results: dict[str, list] = {}
     curves: dict[str, dict] = {}
+    queries: dict[str, Tally] = {}
     neighbours: text.Texts = {}
 
     # Retrieval
@@ -294,6 +316,7 @@ def main(arguments: EvaluationArguments) -> None:
             metrics.update(scores.metrics)
             results.update(scores.results)
             curves.update(scores.curves)
+            queries.update(scores.tallies)
             neighbours.update(nearest)
 
     # Reports and answers
@@ -303,11 +326,13 @@ def main(arguments: EvaluationArguments) -> None:
         metrics["models"]["model"] = {"folder": arguments.model, "sha256": sha}
         if run.is_main_process:
             text.write_predictions(output / "predictions.jsonl", asked, written)
-            of_text, facts = score_text(rows, asked, written, neighbours, arguments)
+            of_text, facts = score_text(rows, asked, written, neighbours, arguments, run.device)
             metrics.update({"verdict": text.not_tested(reason), **facts} if reason else facts)
             results.update(of_text)
 
     if run.is_main_process:
+        if queries:
+            compare_retrieval(queries, rows, metrics, arguments)
         metrics["results"] = {task: as_records(of_task) for task, of_task in results.items()}
         metrics["model_index"] = model_indexes(metrics, results, arguments)
         (output / "ids.txt").write_text("\n".join(ids) + "\n")

@@ -3,15 +3,25 @@
     bert_score_tally(predictions, references, model="roberta-large", layer=17)     # what HSENet and M3D report
 
 As in the reference implementation without idf weights and without rescaling: every word piece is matched to the most
-similar one of the other text (of all pieces, the special ones too); special pieces themselves are not counted.
+similar one of the other text (of all pieces, the special ones too); special pieces themselves are not counted. Texts
+are stripped; for tokenizers whose pieces begin with the space before a word, the first word gets one, as the reference
+implementation gives it with transformers 4 (with 5 it asks for it in vain).
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    GPT2Tokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RobertaTokenizer,
+)
 
+from ..digests import public_name
 from .tally import Tally, mean_tally
 
 
@@ -26,7 +36,7 @@ def bert_score_tally(
     device: str | torch.device = "cpu",
 ) -> Tally:
     """
-    Mean precision, recall and F1 over the reports, under `bertscore/1[MODEL layer N]`.
+    Mean precision, recall and F1 over the reports, under `bertscore/2[MODEL layer N]`.
 
     Args:
         layer: the hidden layer to compare, from 1; texts are cut to what the model takes.
@@ -45,21 +55,35 @@ def bert_score_tally(
     scores = []
     for start in range(0, len(references), batch_size):
         said, truth = (
-            _pieces(list(texts[start : start + batch_size]), tokenizer, encoder, layer)
-            for texts in ([(text or "").strip() for text in predictions], references)
+            _pieces([(text or "").strip() for text in texts[start : start + batch_size]], tokenizer, encoder, layer)
+            for texts in (predictions, references)
         )
         scores += [_match(*pair) for pair in zip(said, truth, strict=True)]
     names = ("bertscore_precision", "bertscore_recall", "bertscore_f1")
-    return mean_tally(f"bertscore/1[{model} layer {layer}]", dict(zip(names, np.array(scores).T, strict=True)))
+    return mean_tally(
+        f"bertscore/2[{public_name(model, encoder)} layer {layer}]", dict(zip(names, np.array(scores).T, strict=True))
+    )
+
+
+def longest_input(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel) -> int:
+    """How many pieces an encoder takes, the special ones included."""
+    positions = encoder.config.max_position_embeddings
+    if encoder.config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions start after padding's
+        positions -= encoder.config.pad_token_id + 1
+    return min(tokenizer.model_max_length, positions)
 
 
 def _pieces(texts: list[str], tokenizer, encoder, layer: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each text, unit vectors `(num_pieces, hidden_size)` and which of them count `(num_pieces,)`."""
-    longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    if encoder.config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions start after padding's
-        longest = min(longest, encoder.config.max_position_embeddings - encoder.config.pad_token_id - 1)
+    if isinstance(tokenizer, (RobertaTokenizer, GPT2Tokenizer)):
+        texts = [f" {text}" if text else "" for text in texts]
     inputs = tokenizer(
-        texts, padding=True, truncation=True, max_length=longest, return_tensors="pt", return_special_tokens_mask=True
+        texts,
+        padding=True,
+        truncation=True,
+        max_length=longest_input(tokenizer, encoder),
+        return_tensors="pt",
+        return_special_tokens_mask=True,
     ).to(encoder.device)
     special = inputs.pop("special_tokens_mask").bool()
     hidden = encoder(**inputs, output_hidden_states=True).hidden_states[layer]  # (batch, num_pieces, hidden_size)

@@ -31,7 +31,8 @@ def findings_tally(
         labeller: what read the predictions, part of the protocol: F1 of two labellers are not comparable.
 
     Returns:
-        Scores `findings_{precision,recall,f1}_{macro,micro,weighted}`, `crg` and `f1[FINDING]`.
+        Scores `findings_{precision,recall,f1}_{macro,micro,weighted}`, `crg`, and `f1[FINDING]` (nan where the truth
+        has no positive).
 
     Raises:
         ValueError: shapes that don't fit, values other than 0 and 1.
@@ -44,10 +45,11 @@ def findings_tally(
     def formula(total: np.ndarray) -> dict[str, np.ndarray]:
         hits, said, support = np.split(total[..., :-1], 3, axis=-1)
         per_label = _per_label(hits, said, support)
-        f1 = {f"f1[{label}]": per_label["f1"][..., i] for i, label in enumerate(labels)}
+        known = np.where(support > 0, per_label["f1"], np.nan)
+        f1 = {f"f1[{label}]": known[..., i] for i, label in enumerate(labels)}
         return {**_means(per_label, hits, said, support), "crg": _crg(hits, said, support, total[..., -1]), **f1}
 
-    return Tally(f"findings/1[{len(labels)} labels; {labeller}]", counts.astype(np.float64), formula)
+    return Tally(f"findings/2[{len(labels)} labels; {labeller}]", counts.astype(np.float64), formula)
 
 
 def finding_scores(predicted: Labels, truth: Labels, *, labels: Sequence[str] = CT_RATE_LABELS) -> dict[str, Any]:

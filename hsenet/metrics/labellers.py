@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from ..digests import public_name
 from ..phantom import CT_RATE_LABELS
+from .bertscore import longest_input
 from .labeller import Uncertainty, label_vector
 
 
@@ -52,6 +54,7 @@ class ClassifierLabeller:
         model: folder or Hub id.
         output_labels: the findings in the order of the outputs; by default what the model's configuration says.
         threshold: a finding is asserted from this probability on.
+        max_length: tokens of a report that are read, or as many as the model takes; the rest is lost.
 
     Raises:
         ValueError: outputs without names or of another number than `output_labels`; a finding that is not among them.
@@ -76,8 +79,9 @@ class ClassifierLabeller:
                 f"The model has {self.model.config.num_labels} outputs named {list(names.values())[:3]}...: give "
                 "output_labels, the findings in their order."
             )
-        self.threshold, self.max_length, self.batch_size = threshold, max_length, batch_size
-        self.name = f"{model}, threshold {threshold}, {max_length} tokens"
+        self.threshold, self.batch_size = threshold, batch_size
+        self.max_length = min(max_length, longest_input(self.tokenizer, self.model))
+        self.name = f"{public_name(model, self.model)}, threshold {threshold}, {self.max_length} tokens"
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str | None], labels: Sequence[str] = CT_RATE_LABELS) -> np.ndarray:

@@ -57,7 +57,7 @@ def report_metrics(
         **bleu.scores(),
         **finding_scores(labeller(texts, labels), truth, labels=labels),
         "bleu_protocol": bleu.protocol,
-        "findings_protocol": f"findings/1[{len(labels)} labels; {labeller.name}]; "
+        "findings_protocol": f"findings/2[{len(labels)} labels; {labeller.name}]; "
         f"reference labels {'given' if given else 'inferred'}",
         "num_reports": len(references),
         "num_empty_predictions": sum(not text for text in texts),

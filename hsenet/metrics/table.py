@@ -1,5 +1,6 @@
 """Tables of results, one protocol a column: numbers that cannot be compared never stand under each other."""
 
+import html
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -47,15 +48,21 @@ def results_table(results: Sequence[Result]) -> str:
         if cells.setdefault((result.system, result.score), result) is not result:
             raise ValueError(f"{result.system} has two values of {result.score}.")
     systems = list(dict.fromkeys(result.system for result in results))
-    lines = ["| | " + " | ".join(protocols) + " |", "|---" * (len(protocols) + 1) + "|"]
+    lines = ["| | " + " | ".join(map(as_cell, protocols)) + " |", "|---" * (len(protocols) + 1) + "|"]
     for system in systems:
         row = [str(cells.get((system, score), "–")) for score in protocols]
-        lines.append(f"| {system} | " + " | ".join(row) + " |")
+        lines.append(f"| {as_cell(system)} | " + " | ".join(row) + " |")
     by_protocol: dict[str, list[str]] = {}
     for score, protocol in protocols.items():
         by_protocol.setdefault(protocol, []).append(score)
-    notes = [f"`{protocol}`: {', '.join(scores)}" for protocol, scores in by_protocol.items()]
+    notes = [f"`{as_cell(protocol)}`: {', '.join(map(as_cell, scores))}" for protocol, scores in by_protocol.items()]
     return "\n".join([*lines, "", "Protocols: " + "; ".join(notes) + "."])
+
+
+def as_cell(text: str) -> str:
+    """A name for a Markdown table: types, regions and folders come from datasets and people, and stay text in it."""
+    plain = html.escape(" ".join(text.split()), quote=False).replace("\\", "\\\\")
+    return plain.replace("|", r"\|").replace("](", r"]\(").replace("`", "'")
 
 
 def as_records(results: Sequence[Result]) -> list[dict]:

@@ -45,7 +45,8 @@ def vqa_tally(
 ) -> Tally:
     """
     `accuracy` (exact), `set_accuracy` (same parts), `set_f1` (mean overlap of the parts), `major_class_accuracy`
-    (equal, not contained), and `accuracy[GROUP=VALUE]` for the values of each group, such as type or anatomy.
+    (equal, not contained), and for the values of each group, such as type or anatomy, `accuracy[GROUP=VALUE]` and
+    `set_accuracy[GROUP=VALUE]`.
 
     A missing (`None`) or empty prediction is wrong and stays in the denominator; an empty answer is a data error.
     """
@@ -64,12 +65,22 @@ def vqa_tally(
             for text, answer in zip(predictions, answers, strict=True)
         ],
     }
-    for name, members in (groups or {}).items():
-        _check_lengths(**{name: members, "answers": answers})
-        for value in sorted({member for member in members if member is not None}, key=str):
-            inside = np.array([member == value for member in members])
-            values[f"accuracy[{name}={value}]"] = np.where(inside, correct, np.nan)
-    return mean_tally("vqa-exact/1", values)
+    split = {name: values[name] for name in ("accuracy", "set_accuracy")}
+    return mean_tally("vqa-exact/1", {**values, **by_group(split, groups or {})})
+
+
+def by_group(
+    values: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[Hashable | None]]
+) -> dict[str, np.ndarray]:
+    """`SCORE[GROUP=VALUE]`: each item's value inside the group, nan outside; None is in no group."""
+    columns = {}
+    for score, of_score in values.items():
+        for name, members in groups.items():
+            _check_lengths(**{name: members, score: of_score})
+            for value in sorted({member for member in members if member is not None}, key=str):
+                inside = np.array([member == value for member in members])
+                columns[f"{score}[{name}={value}]"] = np.where(inside, of_score, np.nan)
+    return columns
 
 
 def major_class_hsenet_tally(predictions: Sequence[str | None], answers: Sequence[str]) -> Tally:

@@ -1,5 +1,6 @@
 """Figures of a run: recall against the number of candidates looked at, and the F1 of each finding."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def save_finding_bars(results: Mapping[str, Sequence[Result]], path: str | Path)
     figure, axis = plt.subplots(figsize=(7, 5))
     height = 0.8 / len(results)
     for number, (system, of_system) in enumerate(results.items()):
-        bars = [result for result in of_system if result.score.startswith("f1[")]
+        bars = [bar for bar in of_system if bar.score.startswith("f1[") and not math.isnan(bar.value)]
         values = [bar.value for bar in bars]
         reach = [[max(0.0, bar.value - (bar.low if bar.low is not None else bar.value)) for bar in bars]]
         reach.append([max(0.0, (bar.high if bar.high is not None else bar.value) - bar.value) for bar in bars])

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from hsenet.metrics.overlap import overlap_tally
+from hsenet.metrics.retrieval import QUERY_BLOCK
 from hsenet.metrics.vqa import majority_answers
 
 
@@ -29,7 +30,8 @@ def random_reports(training_reports: Sequence[str], number: int, seed: int) -> l
 
 def nearest_reports(embeds: np.ndarray, training_embeds: np.ndarray, training_reports: Sequence[str]) -> list[str]:
     """The report of the nearest training volume; unit embeddings `(num_volumes, dim)`. This one does see the scan."""
-    return [training_reports[i] for i in (embeds @ training_embeds.T).argmax(1)]
+    blocks = (embeds[start : start + QUERY_BLOCK] for start in range(0, len(embeds), QUERY_BLOCK))
+    return [training_reports[i] for block in blocks for i in (block @ training_embeds.T).argmax(1)]
 
 
 def age_and_sex_labels(

@@ -41,6 +41,7 @@ HEADLINES = (
     "meteor-nltk-stem.meteor",
     "bertscore_f1",
     "ratescore",
+    "radgraph_partial",
     "green",
     "unique_texts",
     "self_bleu_4",
@@ -48,7 +49,11 @@ HEADLINES = (
     "set_accuracy",
     "set_f1",
     "major_class_accuracy",
+    "option_accuracy",
+    "option_chance",
+    "unreadable",
 )
+BY_GROUP = ("accuracy", "set_accuracy", "option_accuracy")  # split by type and anatomy
 # Of published tables: printed apart, so that nobody takes them for the others.
 PUBLISHED = (
     "precision-hsenet.precision_1",
@@ -94,7 +99,8 @@ def plain_results(system: str, scores: dict[str, float], protocol: str) -> list[
 
 def tables(task: str, results: Sequence[Result]) -> str:
     """The task's headlines, its accuracies by group, and apart from them what exists for published tables only."""
-    groups = tuple(dict.fromkeys(result.score for result in results if result.score.startswith("accuracy[")))
+    of_groups = tuple(f"{name}[" for name in BY_GROUP)
+    groups = tuple(dict.fromkeys(result.score for result in results if result.score.startswith(of_groups)))
     titles = {
         task: HEADLINES,
         f"{task}, by type and anatomy": groups,

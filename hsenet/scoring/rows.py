@@ -11,7 +11,7 @@ from hsenet.data import REPORT_PROMPTS, load_rows, one_per_study, report_text
 class EvaluationRows:
     """
     Args:
-        volumes: of retrieval: all reconstructions, or the first of each study.
+        volumes: of retrieval: those of `ids`, all reconstructions, or the first of each study.
         studies: of reports: the first reconstruction of each study, with `question` and `answer`.
         training: one of each study, with its report as `text`, as the volumes have.
     """
@@ -37,18 +37,20 @@ def load_evaluation_rows(
 ) -> EvaluationRows:
     """
     Args:
-        ids: file of volume names, one a line: only these, in this order. A published list makes a pool comparable.
+        ids: file of volume names, one a line: only these, all of them and in this order, whatever
+            `all_reconstructions` says. A published list makes a pool comparable.
         max_rows: only the first studies and questions.
 
     Raises:
-        ValueError: a name of `ids` is not in the split.
+        ValueError: a name of `ids` is not in the split, or repeats.
     """
     rows = [{**row, "text": report_text(row, fields)} for row in load_rows(dataset, "reports", split)]
     if ids is not None:
-        rows = _chosen(rows, Path(ids).read_text().split())
+        rows = _chosen(rows, [name.strip() for name in Path(ids).read_text().splitlines() if name.strip()])
     studies = one_per_study(rows)[:max_rows]
     kept = {row["study_id"] for row in studies}
-    volumes = [row for row in rows if row["study_id"] in kept] if all_reconstructions else studies
+    several = all_reconstructions or ids is not None
+    volumes = [row for row in rows if row["study_id"] in kept] if several else studies
     training = [
         {**row, "text": report_text(row, fields)} for row in one_per_study(load_rows(dataset, "reports", train_split))
     ]
@@ -74,4 +76,6 @@ def _chosen(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]
     by_name = {row["volume_name"]: row for row in rows}
     if missing := [number for number, name in enumerate(names, start=1) if name not in by_name]:
         raise ValueError(f"{len(missing)} of {len(names)} ids are not in the split, the first in line {missing[0]}.")
+    if repeated := len(names) - len(set(names)):
+        raise ValueError(f"{repeated} of {len(names)} ids repeat another: expected each volume once.")
     return [by_name[name] for name in names]

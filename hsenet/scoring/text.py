@@ -10,7 +10,7 @@ import numpy as np
 from hsenet.metrics.bootstrap import compare_runs
 from hsenet.metrics.diversity import diversity
 from hsenet.metrics.report import best_constant_report_floor, report_metrics
-from hsenet.metrics.table import Result
+from hsenet.metrics.table import Result, as_cell
 from hsenet.metrics.tally import Tally
 from hsenet.metrics.verdict import image_verdict
 from hsenet.metrics.vqa import majority_answer_floor, vqa_metrics
@@ -34,9 +34,8 @@ def report_floors(
     texts = {"random training report": random_reports(reports, number, seed)}
     texts["constant report, best for BLEU"] = [constant_for_bleu(reports, task.references, seed)] * number
     best: dict[str, Any] = {}
-    if task.occurring:
-        options = {"labels": task.label_names, "labeller": task.labeller}
-        best = best_constant_report_floor(task.truth[:, task.occurring], training_reports=reports, **options)
+    if task.has_findings:
+        best = best_constant_report_floor(task.truth, training_reports=reports, labeller=task.labeller)
         texts["constant report, best for F1"] = [best["constant_report"]] * number
     found = {"all findings claimed": np.ones_like(task.truth)}
     given = all(row.get("labels") for row in training)
@@ -77,9 +76,8 @@ def details_of(
     details: dict[str, dict[str, Any]] = {}
     for system, texts in written["report"].items():
         scores: dict[str, Any] = {"num_reports": len(texts)}
-        if task.occurring:
-            options = {"labels": task.label_names, "labeller": task.labeller}
-            scores = report_metrics(texts, task.references, reference_labels=task.truth[:, task.occurring], **options)
+        if task.has_findings:
+            scores = report_metrics(texts, task.references, reference_labels=task.truth, labeller=task.labeller)
         details[DETAILS[system]] = {"report": scores, "vqa": None}
     for system, answers in written.get("vqa", {}).items():
         columns = ([row[name] for row in questions] for name in ("answer", "question_type"))
@@ -129,7 +127,7 @@ def compare_with(
 def comparison_table(records: Sequence[dict[str, Any]], baseline: str) -> str:
     """Markdown of `compare_with`, without the single findings."""
     lines = [
-        f"### This run minus {baseline}, paired by patient",
+        f"### This run minus {as_cell(baseline)}, paired by patient",
         "",
         "| task | protocol | score | difference | p (Holm) |",
     ]
@@ -137,7 +135,7 @@ def comparison_table(records: Sequence[dict[str, Any]], baseline: str) -> str:
     for record in records:
         if "[" not in record["score"]:
             difference = f"{record['difference']:+.3f} [{record['low']:+.3f}, {record['high']:+.3f}]"
-            names = " | ".join((record["task"], f"`{record['protocol']}`", record["score"]))
+            names = " | ".join((record["task"], f"`{as_cell(record['protocol'])}`", record["score"]))
             lines.append(f"| {names} | {difference} | {record['p_holm']:.4f} |")
     return "\n".join(lines)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from hsenet.digests import digest
 from hsenet.scoring.rows import patient_of
-from hsenet.scoring.work import digest
 from modeling_hsenet import HSENetForConditionalGeneration
 from processing_hsenet import HSENetImageProcessor
 

@@ -5,7 +5,6 @@ the results depend on. So nothing is done twice, nothing of other settings is ta
 volumes, are in memory together.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 
 from hsenet.collators import ContrastiveCollator
 from hsenet.data import VolumeRows
+from hsenet.digests import digest
 from hsenet.embedding import tokenizer_hash
 from hsenet.evaluation import embed, generate_answers
 from hsenet.scans import scan_identity
@@ -36,20 +36,6 @@ class Generation:
     temperature: float
     batch_size: int
     seed: int
-
-
-def digest(value: Any) -> str:
-    """A short name of anything that JSON holds."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def model_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of all weights with their names: what exactly was scored."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
 
 
 def _settings(model: PreTrainedModel) -> dict[str, Any]:
