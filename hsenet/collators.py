@@ -1,5 +1,6 @@
 """Examples to batches. Labels are masked here and nowhere else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,26 +11,43 @@ from hsenet.report_augmentation import ReportAugmentation
 from processing_hsenet import HSENetProcessor
 
 
-def _stack_volumes(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    names = [name for name in ("pixel_values", "slice_features") if name in examples[0]]
-    return {name: torch.stack([example[name] for example in examples]) for name in names}
+VOLUME_TENSORS = (
+    "pixel_values",
+    "slice_pixel_values",
+    "slice_features",
+    "global_patch_features",
+    "local_patch_features",
+)
+
+
+def _stack_volumes(examples: list[dict[str, Any]], names: Sequence[str] = VOLUME_TENSORS) -> dict[str, torch.Tensor]:
+    present = [name for name in names if name in examples[0]]
+    return {name: torch.stack([example[name] for example in examples]) for name in present}
 
 
 class ContrastiveCollator:
     """
-    Examples with `pixel_values`, optional `slice_features` and `text` to the inputs of [`HSENetCLIPModel`].
+    Examples with `pixel_values`, optional slices and `text` to the inputs of [`HSENetCLIPModel`].
 
     Texts longer than `max_length` tokens lose their end, never their order. With `rewrite`, the texts are what it
-    makes of the examples' reports. `index` and, where examples have it, `sibling_ids` say which rows these are, and
-    are not for the model.
+    makes of the examples' reports. `with_slices=False` is for a model without slice guidance. `index` and, where
+    examples have it, `sibling_ids` say which rows these are, and are not for the model.
     """
 
     NOT_INPUTS = ("index", "sibling_ids")
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, rewrite: ReportAugmentation | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        rewrite: ReportAugmentation | None = None,
+        *,
+        with_slices: bool = True,
+    ):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.rewrite = rewrite
+        self.tensors = VOLUME_TENSORS if with_slices else ("pixel_values",)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         texts = self.rewrite(examples) if self.rewrite is not None else [example["text"] for example in examples]
@@ -43,7 +61,7 @@ class ContrastiveCollator:
         )
         names = [name for name in self.NOT_INPUTS if name in examples[0]]
         rows = {name: torch.tensor([example[name] for example in examples]) for name in names}
-        return {**tokens, **_stack_volumes(examples), **rows}
+        return {**tokens, **_stack_volumes(examples, self.tensors), **rows}
 
 
 @dataclass

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from hsenet.distributed import average_gradient
+from hsenet.frozen_features import CachedEmbeddings, ComputedEmbeddings
 from hsenet.gradient_cache import embed_with_cached_gradients
 from hsenet.losses import (
     GlobalSimilarity,
@@ -55,29 +56,39 @@ class ConsistencyArguments:
     consistency_scale_gradient: bool = field(
         default=False, metadata={"help": "Whether stage 2's temperature learns from the anchor too (released: yes)."}
     )
+    anchor_embeddings: Literal["auto", "cached", "computed"] = field(
+        default="auto",
+        metadata={
+            "help": "Of stage 1: looked up, or computed in every step from what stage 2 sees. auto: computed if "
+            "augmentation changes that. cached beside max_shift or rewrite_reports is an approximation: those of the "
+            "volume and the report as they were."
+        },
+    )
+
+    def looks_up_anchor(self, *, is_changed: bool) -> bool:
+        """Whether stage 1's embeddings are computed once, where augmentation `is_changed` what stage 2 sees or not."""
+        return self.anchor_embeddings == "cached" or (self.anchor_embeddings == "auto" and not is_changed)
 
 
 @dataclass
 class Anchor:
     """
-    The frozen stage 1 over the training rows, and how it holds stage 2.
+    The frozen stage 1, and how it holds stage 2.
 
     Args:
-        image_embeds, text_embeds (`torch.Tensor` of shape `(num_rows, projection_dim)`): L2-normalised.
+        embeddings ([`CachedEmbeddings`] or [`ComputedEmbeddings`]): of the training rows, by stage 1.
         logit_scale (`torch.Tensor` of shape `()`): its temperature itself.
     """
 
-    image_embeds: torch.Tensor
-    text_embeds: torch.Tensor
+    embeddings: CachedEmbeddings | ComputedEmbeddings
     logit_scale: torch.Tensor
     arguments: ConsistencyArguments
 
-    def loss(self, similarity: GlobalSimilarity, index: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Of the rows `index`, whose cosines in stage 2 are `similarity` and whose temperature is `scale`."""
-        embeds = (side[index.to(side.device)].to(scale.device) for side in (self.image_embeds, self.text_embeds))
+    def loss(self, similarity: GlobalSimilarity, index: torch.Tensor, inputs: dict, scale: torch.Tensor):
+        """Of the rows `index` with these inputs, whose cosines in stage 2 are `similarity`, at its temperature."""
         return semantic_consistency_loss(
             similarity,
-            global_similarity(*embeds),
+            global_similarity(*(side.to(scale.device) for side in self.embeddings(index, inputs))),
             scale,
             self.logit_scale if self.arguments.consistency_scale == "teacher" else None,
             scale_gradient=self.arguments.consistency_scale_gradient,
@@ -116,8 +127,11 @@ class ContrastiveObjective:
             loss = image_text_contrastive_loss(similarity, scale, siblings, self.arguments.siblings)
             if self.anchor is None:
                 return loss
-            consistency, weight = self.anchor.loss(similarity, index, scale), self.anchor.weight(step)
-            values.update(consistency=consistency.item(), consistency_weight=weight)
+            values["consistency_weight"] = weight = self.anchor.weight(step)
+            if weight == 0:  # the schedule has let go
+                return loss
+            consistency = self.anchor.loss(similarity, index, inputs, scale)
+            values["consistency"] = consistency.item()
             return loss + weight * consistency
 
         loss = embed_with_cached_gradients(self.accelerator, model, inputs, self.arguments.chunk_size, loss_of)

@@ -10,6 +10,7 @@ import torch
 from datasets import load_dataset
 from huggingface_hub import HfApi
 
+from hsenet.augmentation import VolumeAugmentation
 from hsenet.volume_cache import VolumeCache
 
 
@@ -118,28 +119,19 @@ class VolumeRows(torch.utils.data.Dataset):
 
     Args:
         rows: with `volume_name`.
-        cache: holds the volume of every row.
-        with_slices (`bool`): whether the model takes slice features.
-        max_shift (`tuple[int, int, int]`):
-            Augmentation: each volume is moved by up to so many voxels along depth, height, width, its border
-            repeated. No side, order or size of anything changes, so the report stays true; the cached slice features,
-            one a slice, stay as they are. The shift follows from seed, epoch and row alone.
+        cache: holds the volume of every row, or what was computed from it.
+        augmentation ([`VolumeAugmentation`], *optional*): changes each example, in every epoch otherwise.
     """
 
     def __init__(
         self,
         rows: list[dict[str, Any]],
         cache: VolumeCache,
-        *,
-        with_slices: bool = True,
-        max_shift: Sequence[int] = (0, 0, 0),
-        seed: int = 0,
+        augmentation: VolumeAugmentation | None = None,
     ):
         self.rows = rows
         self.cache = cache
-        self.with_slices = with_slices
-        self.max_shift = tuple(max_shift)
-        self.seed = seed
+        self.augmentation = augmentation
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -150,25 +142,8 @@ class VolumeRows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        tensors = self.cache[row["volume_name"]]
-        if not self.with_slices:
-            tensors.pop("slice_features", None)
-        if any(self.max_shift):
-            generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, index)))
-            tensors["pixel_values"] = shift_volume(tensors["pixel_values"], self.max_shift, generator)
-        return {**row, **tensors, "index": index, "epoch": self.epoch}
-
-
-def shift_volume(
-    pixel_values: torch.Tensor, max_shift: tuple[int, int, int], generator: torch.Generator
-) -> torch.Tensor:
-    """`(1, depth, height, width)` moved by a random number of voxels along each axis, its border repeated."""
-    depth, height, width = max_shift
-    padded = torch.nn.functional.pad(pixel_values, (width, width, height, height, depth, depth), mode="replicate")
-    for axis, limit in enumerate(max_shift, start=1):
-        start = int(torch.randint(2 * limit + 1, (), generator=generator))
-        padded = padded.narrow(axis, start, pixel_values.shape[axis])
-    return padded
+        example = {**row, **self.cache[row["volume_name"]], "index": index, "epoch": self.epoch}
+        return example if self.augmentation is None else self.augmentation(example, self.epoch)
 
 
 class SimilarLengthSampler(torch.utils.data.Sampler):

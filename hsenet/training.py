@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import HfArgumentParser, get_scheduler
 
+from hsenet.augmentation import AugmentationArguments
 from hsenet.data import VolumeRows
 
 
 @dataclass
-class DataArguments:
+class DataArguments(AugmentationArguments):
     dataset: str = field(default="", metadata={"help": "Dataset folder or Hub id with `reports` (and `vqa`) rows."})
     train_split: str = field(default="train")
     eval_split: str = field(default="validation", metadata={"help": "Never the split of the final evaluation."})
@@ -33,13 +34,6 @@ class DataArguments:
     question_types: list[str] = field(
         default_factory=list, metadata={"help": "Stage 3: only questions of these types; empty: all."}
     )
-    max_shift: list[int] = field(
-        default_factory=lambda: [0, 0, 0], metadata={"help": "Random shift of the volume in voxels (D, H, W)."}
-    )
-    rewrite_reports: bool = field(
-        default=False, metadata={"help": "Stages 1 and 2: random sentence order, sentences or sections left out."}
-    )
-    drop_sentences: float = field(default=0.1, metadata={"help": "With rewrite_reports: chance of each sentence."})
     cache_dir: str = field(default="outputs/cache", metadata={"help": "Where preprocessed volumes are kept."})
     num_workers: int = field(default=0, metadata={"help": "Processes that read scans while the cache is built."})
     max_failures: int = field(default=0, metadata={"help": "How many unreadable volumes may be left out."})

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -34,13 +35,16 @@ PREPROCESSING_VERSION = 2  # raise it when the reader or the image processor giv
 
 
 class VolumeCache:
-    """Tensors by volume name: `pixel_values` (1, D, H, W) and, with a slice encoder, `slice_features` (S, width).
+    """
+    Tensors by volume name: `pixel_values` (1, D, H, W) and, with a slice encoder, `slice_features` (S, width) or the
+    slices themselves, `slice_pixel_values` (S, C, H, W).
 
     File names are hashes, because a volume's name may be a patient's.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, image_processor: HSENetImageProcessor | None = None):
         self.folder = folder
+        self.image_processor = image_processor  # needed for slices only
 
     def path(self, volume_name: str) -> Path:
         return self.folder / f"{hashlib.sha256(volume_name.encode()).hexdigest()[:32]}.safetensors"
@@ -62,13 +66,25 @@ class VolumeCache:
             return json.loads(file.metadata()["scan"])
 
     def __getitem__(self, volume_name: str) -> dict[str, torch.Tensor]:
-        return {name: tensor.float() for name, tensor in load_file(self.path(volume_name)).items()}
+        tensors = {name: tensor.float() for name, tensor in load_file(self.path(volume_name)).items()}
+        if "slices" in tensors:
+            tensors["slice_pixel_values"] = self._normalized(tensors.pop("slices"))
+        return tensors
+
+    def _normalized(self, slices: torch.Tensor) -> torch.Tensor:
+        settings = (self.image_processor.image_mean, self.image_processor.image_std)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in settings)
+        return (slices.unsqueeze(1) - mean) / std  # (num_slices, channels, height, width)
 
     def write(self, row: dict[str, Any], tensors: dict[str, torch.Tensor], content_hash: str) -> None:
-        path = self.path(row["volume_name"])
+        scan = {"source": scan_identity(row), "content_hash": content_hash}
+        self._write(row["volume_name"], tensors, scan)
+
+    def _write(self, volume_name: str, tensors: dict[str, torch.Tensor], scan: dict[str, str]) -> None:
+        path = self.path(volume_name)
         unfinished = path.with_suffix(f".{_HOST}-{os.getpid()}.tmp")
         # One entry: safetensors writes several in any order, and the same scan should give the same file.
-        metadata = {"scan": json.dumps({"source": scan_identity(row), "content_hash": content_hash})}
+        metadata = {"scan": json.dumps(scan)}
         # Not by save_file, whose own unfinished files would stay behind a killed process without a trace of whose.
         unfinished.write_bytes(save(tensors, metadata))
         unfinished.rename(path)  # a file with the final name is always whole
@@ -117,6 +133,8 @@ def cache_volumes(
     accelerator: Accelerator,
     num_workers: int = 0,
     max_failures: int = 0,
+    *,
+    keep_slices: bool = False,
 ) -> VolumeCache:
     """
     Every readable volume is written before it counts how many were not: a rerun has to do only these again.
@@ -128,12 +146,15 @@ def cache_volumes(
         cache_dir: other settings or weights get another folder in it; a scan that changed on disk is done again. All
             processes, on all nodes, have to see the same folder.
         max_failures: how many volumes may be unreadable; [`VolumeCache.readable`] leaves their rows out.
+        keep_slices: keep the slices in place of their features, for augmentation that moves them.
 
     Raises:
         UnreadableVolumesError: more volumes than `max_failures` could not be read; each is listed with its reason.
         RuntimeError: this process does not see what the others wrote.
     """
-    cache = VolumeCache(Path(cache_dir) / _settings_key(image_processor, slice_encoder))
+    slice_encoder = None if keep_slices else slice_encoder
+    folder = Path(cache_dir) / _settings_key(image_processor, slice_encoder, keep_slices=keep_slices)
+    cache = VolumeCache(folder, image_processor)
     cache.folder.mkdir(parents=True, exist_ok=True)
     cache.remove_orphans()
     # Shared out before anybody looks at the disk: processes that saw different files would leave gaps.
@@ -152,6 +173,10 @@ def cache_volumes(
         if slice_encoder is not None:
             pictures = tensors["slice_pixel_values"].to(accelerator.device).unsqueeze(2)
             cached["slice_features"] = slice_encoder(pictures).pooler_output.float().cpu().contiguous()
+        if keep_slices:
+            # Its channels differ by their normalisation only.
+            mean, std = image_processor.image_mean[0], image_processor.image_std[0]
+            cached["slices"] = (tensors["slice_pixel_values"][:, 0] * std + mean).contiguous()
         cache.write(mine[index], cached, content_hash=note)
     failures = gather_object(failures)  # waits for everyone
     _report(failures, len(unique), max_failures, accelerator)
@@ -182,14 +207,23 @@ def preprocessing_settings(image_processor: HSENetImageProcessor) -> dict[str, A
     return json.loads(json.dumps({**settings, "version": PREPROCESSING_VERSION}))
 
 
-def _settings_key(image_processor: HSENetImageProcessor, slice_encoder: HSENetVisionModel | None) -> str:
+def update_with_weights(digest: Any, model: nn.Module) -> None:
+    """All weights in float32 with their names, into a hash."""
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+
+
+def _settings_key(
+    image_processor: HSENetImageProcessor, slice_encoder: HSENetVisionModel | None, *, keep_slices: bool
+) -> str:
     settings = preprocessing_settings(image_processor)
+    if keep_slices:
+        settings["kept"] = "slices"
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     if slice_encoder is not None:
         # What the weights' names and shapes do not show.
         config = slice_encoder.config
         digest.update(f"{config.num_attention_heads} {config.hidden_act} {config.layer_norm_eps}".encode())
-        for name, tensor in sorted(slice_encoder.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        update_with_weights(digest, slice_encoder)
     return digest.hexdigest()[:16]

@@ -12,6 +12,7 @@ from torch import multiprocessing, nn
 
 from hsenet.contrastive import Anchor, ConsistencyArguments, ContrastiveArguments, ContrastiveObjective
 from hsenet.data import add_report_texts
+from hsenet.frozen_features import CachedEmbeddings
 from modeling_hsenet import HSENetCLIPModel
 
 
@@ -61,7 +62,9 @@ def anchor_embeds(dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def anchor(stage: str, dtype: torch.dtype) -> Anchor | None:
-    return Anchor(*anchor_embeds(dtype), torch.tensor(2.0, dtype=dtype), ANCHOR) if stage == "slices" else None
+    if stage != "slices":
+        return None
+    return Anchor(CachedEmbeddings(*anchor_embeds(dtype)), torch.tensor(2.0, dtype=dtype), ANCHOR)
 
 
 def plain_loss(clip: HSENetCLIPModel, stage: str, mode: str, inputs: dict, rows: range) -> torch.Tensor:

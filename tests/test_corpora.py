@@ -390,8 +390,9 @@ def test_training_step_and_retrieval(built, name, tmp_path):
         row["text"] = report_text(row)
     cache = cached(train + test, tmp_path)
     model = tiny.clip_model()
-    collator = ContrastiveCollator(tiny.tokenizer(pad_token="[PAD]", cls_token="[CLS]"), 64)
-    dataset = VolumeRows(train, cache, with_slices=False)
+    tokenizer = tiny.tokenizer(pad_token="[PAD]", cls_token="[CLS]")
+    collator = ContrastiveCollator(tokenizer, 64, with_slices=False)
+    dataset = VolumeRows(train, cache)
     batch = collator([dataset[index] for index in range(2)])
     batch.pop("index")
     outputs = model(**batch)
@@ -399,7 +400,7 @@ def test_training_step_and_retrieval(built, name, tmp_path):
     image_text_contrastive_loss(similarity, model.logit_scale.exp()).backward()
     gradient = model.vision_model.layers[0].mlp.fc1.weight.grad
     assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
-    metrics = evaluate_retrieval(model, VolumeRows(test, cache, with_slices=False), collator, 2)
+    metrics = evaluate_retrieval(model, VolumeRows(test, cache), collator, 2)
     assert np.isfinite(metrics["loss"]) and 0 <= metrics["image_to_text_R@5"] <= 1
 
 

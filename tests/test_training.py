@@ -108,6 +108,7 @@ def stage_settings(stage: str, workspace: Path, output: str) -> dict:
             "stage2": str(workspace / "stage2"),
             "language_model": str(foundation / "language_model"),
             "packer_window_size": [1, 2, 2],
+            "patch_features": "cached",
         },
     }
     return settings_for(workspace, output, **parts[stage], max_steps=3, save_steps=1)

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from accelerate import Accelerator
 
+from hsenet.data import VolumeRows
+from hsenet.frozen_features import PatchFeatureCache, cache_patch_features
 from hsenet.phantom import nifti_bytes, render_study, sample_study
 from hsenet.volume_cache import UnreadableVolumesError, cache_volumes
 
@@ -90,3 +93,64 @@ def test_unreadable_scans_are_listed_and_left_out_if_allowed(scans, tmp_path, ca
     shutil.copy(scans[3], broken)  # mended
     assert len(cache_volumes(rows, *arguments).readable(rows)) == 4
     assert {name: files(tmp_path / "cache")[name] for name in before} == before
+
+
+def test_kept_slices_are_those_that_the_features_come_from(scans, tmp_path):
+    rows, processor, run = rows_of(scans[:2]), tiny.image_processor(), Accelerator(cpu=True)
+    encoder = tiny.vision_model(**tiny.SLICES)
+    features = cache_volumes(rows, processor, encoder, tmp_path / "cache", run)
+    slices = cache_volumes(rows, processor, encoder, tmp_path / "cache", run, keep_slices=True)
+    assert features.folder != slices.folder
+    for name in (row["volume_name"] for row in rows):
+        assert set(slices[name]) == {"pixel_values", "slice_pixel_values"}
+        with torch.no_grad():
+            expected = encoder(slices[name]["slice_pixel_values"].unsqueeze(2)).pooler_output
+        torch.testing.assert_close(features[name]["slice_features"], expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(features[name]["pixel_values"], slices[name]["pixel_values"])
+
+
+def patch_features(rows: list[dict], folder: Path, model=None, dtype: str = "float32") -> PatchFeatureCache:
+    run, model = Accelerator(cpu=True), model if model is not None else tiny.generation_model()
+    volumes = cache_volumes(rows, tiny.image_processor(), model.slice_encoder, folder, run)
+    return cache_patch_features(rows, volumes, model, run, batch_size=2, dtype=dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
+def test_patch_features_are_those_of_the_models_encoders(scans, tmp_path, dtype, tolerance):
+    rows, model = rows_of(scans[:3]), tiny.generation_model()
+    cache = patch_features(rows, tmp_path, model, dtype)
+    example = VolumeRows(rows, cache)[1]
+    volume = {name: tensor.unsqueeze(0) for name, tensor in cache.volumes[rows[1]["volume_name"]].items()}
+    with torch.no_grad():
+        expected = model.get_patch_features(**volume)
+    for name in ("global_patch_features", "local_patch_features"):
+        assert example[name].dtype == torch.float32
+        torch.testing.assert_close(example[name], expected[name][0], rtol=tolerance, atol=tolerance)
+
+
+def test_patch_features_are_made_once_and_anew_when_something_changes(scans, tmp_path):
+    rows = rows_of(scans[:2])
+    own = tmp_path / "scan.nii.gz"
+    shutil.copy(scans[2], own)
+    rows = [*rows, {**rows_of([own])[0], "row": 2}]
+    first = patch_features(rows, tmp_path / "cache")
+    before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    assert len(before) == 3
+
+    again = patch_features(rows, tmp_path / "cache")
+    assert {path: path.stat().st_mtime_ns for path in again.folder.iterdir()} == before  # nothing was done
+
+    shutil.copy(scans[3], own)
+    stale = first["scan.nii.gz"]["global_patch_features"]
+    changed = patch_features(rows, tmp_path / "cache")
+    rewritten = [path for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert changed.folder == first.folder and rewritten == [first.path("scan.nii.gz")]
+    assert not torch.equal(changed["scan.nii.gz"]["global_patch_features"], stale)
+
+    model = tiny.generation_model()
+    model.model.local_encoder.norm.bias.data += 1
+    assert patch_features(rows, tmp_path / "cache", model).folder != first.folder
+    assert patch_features(rows, tmp_path / "cache", dtype="float16").folder != first.folder
+    turned = tiny.generation_model(vision_config={**tiny.VISION, "num_attention_heads": 2})
+    turned.load_state_dict(tiny.generation_model().state_dict())  # the same weights that compute something else
+    assert patch_features(rows, tmp_path / "cache", turned).folder != first.folder

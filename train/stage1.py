@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from configuration_hsenet import HSENetCLIPConfig
+from hsenet.augmentation import VolumeAugmentation
 from hsenet.collators import ContrastiveCollator
 from hsenet.contrastive import ContrastiveArguments, ContrastiveObjective
 from hsenet.data import VolumeRows, add_report_texts, load_rows, one_per_study
@@ -83,9 +84,9 @@ def main(
     train_rows, eval_rows = cache.readable(train_rows), cache.readable(eval_rows)
     collator = ContrastiveCollator(tokenizer, data.max_length)
     rewrite = ReportAugmentation(tuple(data.report_fields), data.drop_sentences, training.seed)
-    dataset = VolumeRows(train_rows, cache, max_shift=data.max_shift, seed=training.seed)
+    augmentation = VolumeAugmentation(data, image_processor, data.report_fields, training.seed)
     loader = DataLoader(
-        dataset,
+        VolumeRows(train_rows, cache, augmentation),
         training.batch_size,
         shuffle=True,
         drop_last=True,

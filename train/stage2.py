@@ -14,11 +14,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from configuration_hsenet import HSENetCLIPConfig
+from hsenet.augmentation import VolumeAugmentation
 from hsenet.collators import ContrastiveCollator
 from hsenet.contrastive import Anchor, ConsistencyArguments, ContrastiveArguments, ContrastiveObjective
 from hsenet.conversion import load_tokenizer
 from hsenet.data import VolumeRows, add_report_texts, load_rows, one_per_study
-from hsenet.evaluation import embed, evaluate_retrieval
+from hsenet.evaluation import evaluate_retrieval
+from hsenet.frozen_features import ComputedEmbeddings, anchor_embeddings
 from hsenet.report_augmentation import ReportAugmentation
 from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
 from hsenet.volume_cache import cache_volumes
@@ -133,15 +135,16 @@ def main(
         accelerator,
         data.num_workers,
         data.max_failures,
+        keep_slices=data.computes_slice_features and slice_encoder is not None,
     )
     if data.cache_only:
         return accelerator.end_training()
     train_rows, eval_rows = cache.readable(train_rows), cache.readable(eval_rows)
     collator = ContrastiveCollator(tokenizer, data.max_length)
     rewrite = ReportAugmentation(tuple(data.report_fields), data.drop_sentences, training.seed)
-    dataset = VolumeRows(train_rows, cache, max_shift=data.max_shift, seed=training.seed)
+    augmentation = VolumeAugmentation(data, image_processor, data.report_fields, training.seed)
     loader = DataLoader(
-        dataset,
+        VolumeRows(train_rows, cache, augmentation),
         training.batch_size,
         shuffle=True,
         drop_last=True,
@@ -152,12 +155,14 @@ def main(
     ############
     # Training #
     ############
-    # The anchor is frozen and its inputs never change: its embeddings are computed once.
     held_by = None
     if consistency.consistency_weight:
-        without_slices = VolumeRows(train_rows, cache, with_slices=False)
-        anchor_embeds = embed(anchor, without_slices, collator, training.batch_size)
-        held_by = Anchor(*anchor_embeds, anchor.logit_scale.detach().exp(), consistency)
+        is_changed = data.changes_volumes or data.rewrite_reports
+        if consistency.looks_up_anchor(is_changed=is_changed):
+            embeddings = anchor_embeddings(anchor, train_rows, cache, collator, accelerator)
+        else:
+            embeddings = ComputedEmbeddings(anchor, contrastive.chunk_size, accelerator)
+        held_by = Anchor(embeddings, anchor.logit_scale.detach().exp(), consistency)
     objective = ContrastiveObjective(accelerator, contrastive, held_by)
 
     def evaluate(model: HSENetCLIPModel) -> dict[str, float]:

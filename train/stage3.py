@@ -20,9 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from configuration_hsenet import HSENetConfig
 from hsenet.adapters import lora_config
+from hsenet.augmentation import VolumeAugmentation
 from hsenet.collators import ReportCollator
 from hsenet.data import SimilarLengthSampler, VolumeRows, generation_rows, load_rows
 from hsenet.evaluation import evaluate_language_loss
+from hsenet.frozen_features import cache_patch_features
 from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
@@ -56,6 +58,16 @@ class ModelArguments:
     )
     questions_per_row: int = field(
         default=1, metadata={"help": "Questions of a volume that share its tokens: same loss, fewer tokens."}
+    )
+    patch_features: Literal["cached", "computed"] = field(
+        default="computed",
+        metadata={
+            "help": "What the frozen encoders say of each patch: computed in every step, or once, on disk (at the "
+            "paper's sizes 12.6 MB a volume in float32). Augmentation that changes volumes needs the former."
+        },
+    )
+    patch_feature_dtype: Literal["float32", "float16"] = field(
+        default="float32", metadata={"help": "Of cached patch features on disk."}
     )
     lora_r: int = field(default=16)
     lora_alpha: int = field(default=32)
@@ -149,6 +161,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
             accelerator,
             data.num_workers,
             data.max_failures,
+            keep_slices=data.computes_slice_features,
         )
         reports = cache.readable(reports) if "reports" in model_arguments.tasks else []
         questions = cache.readable(questions)
@@ -158,10 +171,23 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     train_rows, eval_rows = rows[data.train_split], rows[data.eval_split]
     collator = ReportCollator(processor, data.max_length)
     accelerator.print(f"{collator.num_truncated(train_rows)} of {len(train_rows)} rows are longer than max_length.")
+    features = cache
+    if model_arguments.patch_features == "cached" and data.changes_volumes:
+        accelerator.print("Patch features are computed in every step: augmentation changes the volumes.")
+    elif model_arguments.patch_features == "cached":
+        features = cache_patch_features(
+            train_rows + eval_rows,
+            cache,
+            model.get_base_model(),
+            accelerator,
+            training.batch_size,
+            model_arguments.patch_feature_dtype,
+        )
+    augmentation = VolumeAugmentation(data, image_processor, seed=training.seed)
     lengths = [sum(len(question) + len(answer) for question, answer in row["turns"]) for row in train_rows]
     sampler = SimilarLengthSampler(lengths, training.batch_size, training.seed)
     loader = DataLoader(
-        VolumeRows(train_rows, cache, max_shift=data.max_shift, seed=training.seed),
+        VolumeRows(train_rows, features, augmentation),
         training.batch_size,
         sampler=sampler,
         drop_last=True,
@@ -176,7 +202,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
         return model(**batch).loss, {}
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        return evaluate_language_loss(model, VolumeRows(eval_rows, cache), collator, training.batch_size)
+        return evaluate_language_loss(model, VolumeRows(eval_rows, features), collator, training.batch_size)
 
     model = train(accelerator, model, loader, compute_loss, evaluate, training)
     if accelerator.is_main_process:

@@ -63,8 +63,8 @@ def share_out(folder: Path, num_batches: int, write: Callable[[int, Path], None]
     run.wait_for_everyone()
     if missing := sum(not path.exists() for path in paths):
         raise RuntimeError(
-            f"{missing} of {num_batches} batches of other processes are not in output_dir: put it on a file system "
-            "that all nodes share."
+            f"{missing} of {num_batches} batches of other processes are not there: put output_dir and cache_dir on a "
+            "file system that all nodes share."
         )
     return paths
 
