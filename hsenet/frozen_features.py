@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from hsenet.collators import ContrastiveCollator
 from hsenet.data import VolumeRows
-from hsenet.scoring.work import digest, embeddings_of, model_digest
+from hsenet.digests import digest, model_digest
+from hsenet.scoring.work import embeddings_of
 from hsenet.volume_cache import VolumeCache, update_with_weights
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration, HSENetVisionModel
 
