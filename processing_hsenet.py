@@ -8,23 +8,48 @@ to left. `HSENetImageProcessor.released` has the settings of the released weight
 `HSENetProcessor` adds the tokenizer, and expands each image placeholder to the volume's tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 
 try:
     from .reading_hsenet import GeometryError, UnsupportedImageError, Volume, read_volume
+    from .resampling_hsenet import (
+        apply_window,
+        body_box,
+        min_max,
+        nonzero_box,
+        plane_weights,
+        resample,
+        resample_windowed,
+        resampling_weights,
+        slab_weights,
+        stated,
+        trilinear,
+    )
 except ImportError:  # imported as a plain top-level module, not from the Hub cache
     if __package__:
         raise
     from reading_hsenet import GeometryError, UnsupportedImageError, Volume, read_volume
+    from resampling_hsenet import (
+        apply_window,
+        body_box,
+        min_max,
+        nonzero_box,
+        plane_weights,
+        resample,
+        resample_windowed,
+        resampling_weights,
+        slab_weights,
+        stated,
+        trilinear,
+    )
 
 
 # The axis of a canonical volume (D, H, W) along which a direction of the patient lies, either way.
@@ -194,7 +219,7 @@ class HSENetImageProcessor(BaseImageProcessor):
         normalized = scan if self._windows_by_slabs else self._normalized(scan, spacing)
         field_of_view = self._field_of_view(scan, spacing, normalized)
         pixel_values = self._fit_volume(normalized, field_of_view).unsqueeze(0)
-        tensors = {"pixel_values": (pixel_values - self.volume_mean) / self.volume_std}
+        tensors = {"pixel_values": pixel_values.sub_(self.volume_mean).div_(self.volume_std)}
         if self.num_slices:
             tensors["slice_pixel_values"] = self._slice_pixel_values(scan, spacing, field_of_view)
         return tensors
@@ -221,7 +246,7 @@ class HSENetImageProcessor(BaseImageProcessor):
         if self.resample_spacing is None:
             return values
         sizes = [
-            int(size * (_stated(stored) / target))
+            int(size * (stated(stored) / target))
             for size, stored, target in zip(values.shape, spacing, self.resample_spacing, strict=True)
         ]
         if min(sizes) < 1:
@@ -229,7 +254,7 @@ class HSENetImageProcessor(BaseImageProcessor):
                 f"The scan of {tuple(values.shape)} voxels, {spacing} mm apart, is thinner than one voxel of "
                 f"resample_spacing {self.resample_spacing}: expected a whole chest."
             )
-        return _trilinear(values.double(), sizes)
+        return trilinear(values.double(), sizes)
 
     @property
     def _windows_by_slabs(self) -> bool:
@@ -244,16 +269,16 @@ class HSENetImageProcessor(BaseImageProcessor):
     def _normalized(self, scan: torch.Tensor, spacing: tuple[float, float, float]) -> torch.Tensor:
         """The volume in [0, 1], (D, H, W), on the grid of `resample_spacing`."""
         if self.volume_normalization == "window":
-            return self._resampled(_apply_window(scan, self.hu_window), spacing).float()
-        return _min_max(self._resampled(scan.clamp(*self.hu_window), spacing).float())
+            return self._resampled(apply_window(scan, self.hu_window), spacing).float()
+        return min_max(self._resampled(scan.clamp(*self.hu_window), spacing).float())
 
     def _field_of_view(
         self, scan: torch.Tensor, spacing: tuple[float, float, float], normalized: torch.Tensor
     ) -> list[tuple[float, float]]:
         """Start and extent, in voxels of `normalized`, of what the model sees along depth, height, width."""
         if self.volume_fit == "nonzero_box":
-            return _nonzero_box(normalized)
-        box = _body_box(scan) if self.crop_to_body else [(0.0, float(size)) for size in scan.shape]
+            return nonzero_box(normalized)
+        box = body_box(scan) if self.crop_to_body else [(0.0, float(size)) for size in scan.shape]
         if self.spacing is not None:
             extents = [
                 size * target / stored
@@ -266,14 +291,14 @@ class HSENetImageProcessor(BaseImageProcessor):
     def _fit_volume(self, values: torch.Tensor, field_of_view: list[tuple[float, float]]) -> torch.Tensor:
         if self.volume_fit == "nonzero_box":
             box = tuple(slice(int(start), int(start + extent)) for start, extent in field_of_view)
-            return _trilinear(values[box], self.image_size)
+            return trilinear(values[box], self.image_size)
         weights = [
-            _resampling_weights(length, start, extent, samples)
+            resampling_weights(length, start, extent, samples)
             for length, (start, extent), samples in zip(values.shape, field_of_view, self.image_size, strict=True)
         ]
         if self._windows_by_slabs:
-            return _resample_windowed(values, self.hu_window, weights)
-        return _resample(values, weights)
+            return resample_windowed(values, self.hu_window, weights)
+        return resample(values, weights)
 
     def _slice_pixel_values(
         self, scan: torch.Tensor, spacing: tuple[float, float, float], field_of_view: list[tuple[float, float]]
@@ -284,41 +309,42 @@ class HSENetImageProcessor(BaseImageProcessor):
         whole = self.slice_fit == "whole_plane"
         slices = self._whole_slices(planes) if whole else self._stretched_slices(planes, field_of_view)
         if self.slice_normalization == "slice_min_max":
-            slices = torch.stack([_min_max(plane) for plane in slices])
-        slices = torch.rot90(slices, self.slice_rotation // 90, dims=(1, 2))
+            slices = torch.stack([min_max(plane) for plane in slices])
+        if self.slice_rotation:
+            slices = torch.rot90(slices, self.slice_rotation // 90, dims=(1, 2))
         if whole or self.slice_jpeg_quality is not None:
             slices = torch.stack([self._picture(plane) for plane in slices])
         mean, std = torch.tensor(self.image_mean).view(-1, 1, 1), torch.tensor(self.image_std).view(-1, 1, 1)
-        return (slices.float().unsqueeze(1) - mean) / std  # (num_slices, channels, height, width)
+        return (slices.float().unsqueeze(1) - mean).div_(std)  # (num_slices, channels, height, width)
 
     def _planes(self, scan: torch.Tensor, spacing: tuple[float, float, float]) -> torch.Tensor:
         """All planes, on the grid of `resample_spacing`; in [0, 1] unless that is done later."""
         if self._slices_window_by_slabs:
             return scan
         if self.slice_normalization == "window":
-            return self._resampled(_apply_window(scan, self.slice_hu_window), spacing)
+            return self._resampled(apply_window(scan, self.slice_hu_window), spacing)
         if self.slice_hu_window is not None:
             scan = scan.clamp(*self.slice_hu_window)
         if self.resample_spacing is not None:
             # In thousands of HU, as the released preparation: it decides which way values fall on 8-bit steps.
             scan = self._resampled(scan.double() / 1000, spacing)
-        return _min_max(scan) if self.slice_normalization == "volume_min_max" else scan
+        return min_max(scan) if self.slice_normalization == "volume_min_max" else scan
 
     def _whole_slices(self, planes: torch.Tensor) -> torch.Tensor:
         if self.resample_spacing is not None and len(planes) < self.num_slices:
-            return _trilinear(planes, (self.num_slices, *planes.shape[1:]))
+            return trilinear(planes, (self.num_slices, *planes.shape[1:]))
         return planes[torch.linspace(0, len(planes) - 1, self.num_slices, dtype=torch.long)]  # rounds down
 
     def _stretched_slices(self, planes: torch.Tensor, field_of_view: list[tuple[float, float]]) -> torch.Tensor:
         (start, extent), *in_plane = field_of_view
-        select = _plane_weights if self.slice_selection == "uniform" else _slab_weights
+        select = plane_weights if self.slice_selection == "uniform" else slab_weights
         weights = [select(planes.shape[0], start, extent, self.num_slices)]
         size = self.slice_size[::-1] if self.slice_rotation % 180 else self.slice_size
         for length, (start, extent), samples in zip(planes.shape[1:], in_plane, size, strict=True):
-            weights.append(_resampling_weights(length, start, extent, samples))
+            weights.append(resampling_weights(length, start, extent, samples))
         if self._slices_window_by_slabs:
-            return _resample_windowed(planes, self.slice_hu_window, weights)
-        return _resample(planes, weights)
+            return resample_windowed(planes, self.slice_hu_window, weights)
+        return resample(planes, weights)
 
     def _picture(self, plane: torch.Tensor) -> torch.Tensor:
         """A slice in [0, 1] through JPEG, if the settings say so, and from a whole plane to `slice_size`."""
@@ -696,61 +722,6 @@ def _window(name: str, window: Any) -> tuple[float, float]:
     return tuple(window)
 
 
-# Half-way between lung and soft tissue: air, lung and out-of-field padding lie below, the body's wall above.
-BODY_THRESHOLD_HU = -500
-
-
-def _body_box(array: torch.Tensor) -> list[tuple[float, float]]:
-    projection = array.amax(dim=0) > BODY_THRESHOLD_HU
-    if not projection.any():
-        raise UnsupportedImageError(
-            f"No voxel of the volume lies above {BODY_THRESHOLD_HU} HU, so there is no body in it. Expected a CT in "
-            f"HU, got values from {array.min():.0f} to {array.max():.0f}."
-        )
-    box = []
-    for plane in (projection.any(dim=1), projection.any(dim=0)):
-        first, last = plane.nonzero()[[0, -1], 0].tolist()
-        box.append((float(first), float(last + 1 - first)))
-    # Most scans begin and end within the body, so the search from both ends is short.
-    planes = range(len(array))
-    first = next(index for index in planes if (array[index] > BODY_THRESHOLD_HU).any())
-    last = next(index for index in reversed(planes) if (array[index] > BODY_THRESHOLD_HU).any())
-    return [(float(first), float(last + 1 - first)), *box]
-
-
-def _apply_window(array: torch.Tensor, window: tuple[float, float]) -> torch.Tensor:
-    lower, upper = window
-    return (array.clamp(lower, upper) - lower) / (upper - lower)
-
-
-def _min_max(values: torch.Tensor) -> torch.Tensor:
-    lowest, highest = values.min(), values.max()
-    return (values - lowest) / (highest - lowest).clamp(min=1e-8)
-
-
-def _nonzero_box(volume: torch.Tensor) -> list[tuple[float, float]]:
-    if not (volume > 0).any():
-        raise UnsupportedImageError("The scan is constant within hu_window: expected a CT of a body, in HU.")
-    return _bounding_box(volume > 0)
-
-
-def _bounding_box(mask: torch.Tensor) -> list[tuple[float, float]]:
-    planes = [mask.any(dim=2).any(dim=1), mask.any(dim=2).any(dim=0), mask.any(dim=1).any(dim=0)]
-    ends = [plane.nonzero()[[0, -1], 0].tolist() for plane in planes]
-    return [(float(first), float(last + 1 - first)) for first, last in ends]
-
-
-def _trilinear(volume: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """(D, H, W) stretched to `size`, voxel edges on voxel edges, without antialiasing."""
-    return interpolate(volume[None, None], size=tuple(size), mode="trilinear", align_corners=False)[0, 0]
-
-
-def _stated(millimetres: float) -> float:
-    """The spacing that a single-precision header was made from: a part of a power of two, or a decimal."""
-    binary = round(millimetres * 8192) / 8192
-    return binary if abs(millimetres - binary) < 1e-7 * millimetres else round(millimetres, 6)
-
-
 def _center(picture: Any, size: int) -> Any:
     """A PIL picture resized until its shorter side is `size`, then its middle: as BiomedCLIP's own transform."""
     from PIL import Image
@@ -760,78 +731,6 @@ def _center(picture: Any, size: int) -> Any:
     width, height = int(size * width / shorter), int(size * height / shorter)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-
-
-def _resampling_weights(length: int, start: float, extent: float, samples: int) -> torch.Tensor:
-    """`(samples, length)`: linear interpolation, widened to the sample distance when shrinking (antialiasing).
-
-    Samples are the centres of equal parts of `extent`; those outside the scan get no weight, that is, the window's
-    lower end.
-    """
-    step = extent / samples
-    centres = start + (torch.arange(samples, dtype=torch.float64) + 0.5) * step - 0.5  # in voxel indices
-    distances = (torch.arange(length, dtype=torch.float64) - centres.unsqueeze(1)).abs()
-    weights = (1 - distances / max(step, 1.0)).clamp(min=0)
-    weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
-    inside = (centres > -0.5) & (centres < length - 0.5)
-    return (weights * inside.unsqueeze(1)).float()
-
-
-def _plane_weights(length: int, start: float, extent: float, samples: int) -> torch.Tensor:
-    """`(samples, length)`: the single planes nearest to equal distances from the first plane to the last."""
-    planes = start + torch.linspace(0, extent - 1, samples, dtype=torch.float64)
-    planes = planes.round()
-    return (torch.arange(length, dtype=torch.float64) == planes.unsqueeze(1)).float()
-
-
-def _slab_weights(length: int, start: float, extent: float, samples: int) -> torch.Tensor:
-    """`(samples, length)`: the share of each plane in each of the equal slabs; nothing lies outside the scan."""
-    step = extent / samples
-    lower = start + torch.arange(samples, dtype=torch.float64).unsqueeze(1) * step
-    planes = torch.arange(length, dtype=torch.float64)
-    shared = torch.minimum(planes + 1, lower + step) - torch.maximum(planes, lower)
-    return (shared.clamp(min=0) / step).float()
-
-
-# Parts of the work that fit the processor's cache. A block of samples needs only the voxels near them.
-DEPTH_BLOCK, IN_PLANE_BLOCK, SLAB_ROWS = 8, 32, 4
-
-
-def _resample(array: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
-    """`(D, H, W)` resampled along every axis, in the array's own precision."""
-    for axis, axis_weights in enumerate(weights):
-        array = torch.tensordot(axis_weights.to(array.dtype), array, dims=([1], [axis])).movedim(0, axis)
-    return array
-
-
-def _resample_windowed(array: torch.Tensor, window: tuple[float, float], weights: list[torch.Tensor]) -> torch.Tensor:
-    """The scan (D, H, W) with its window applied, resampled along every axis; it is never whole in float32."""
-    (lower, upper), (depth, height, width) = window, weights
-    height, array = _used(height, array, 1)
-    width, array = _used(width, array, 2)
-    planes = []
-    for block, part in _blocks(depth, array, 0, DEPTH_BLOCK):
-        slabs = (slab.float().clamp(lower, upper).sub_(lower) for slab in part.split(SLAB_ROWS, dim=1))
-        planes.append(torch.cat([torch.tensordot(block, slab, 1) for slab in slabs], dim=1))
-    resampled = torch.cat(planes).div_(upper - lower)
-    resampled = torch.cat([block @ part for block, part in _blocks(height, resampled, 1, IN_PLANE_BLOCK)], dim=1)
-    return torch.cat([part @ block.T for block, part in _blocks(width, resampled, 2, IN_PLANE_BLOCK)], dim=2)
-
-
-def _blocks(
-    weights: torch.Tensor, array: torch.Tensor, axis: int, size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for block in weights.split(size):
-        yield _used(block, array, axis)
-
-
-def _used(weights: torch.Tensor, array: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (samples, voxels) and array without the voxels along the axis that no sample needs."""
-    used = weights.any(dim=0).nonzero()[:, 0]
-    first, last = used[[0, -1]].tolist() if len(used) else (0, -1)
-    if len(used) == last + 1 - first:
-        return weights.narrow(1, first, len(used)), array.narrow(axis, first, len(used))
-    return weights[:, used], array.index_select(axis, used)
 
 
 __all__ = ["HSENetImageProcessor", "HSENetProcessor"]

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 
+LOGGERS = ("nibabel.global", "pydicom", "pydicom.pixels.decoders.base", "pydicom.pixels.utils")  # that may name files
 AIR_HU = -1000.0
 MIN_SLICES, MAX_SLICES, MAX_IN_PLANE = 8, 2048, 1024
 SPACING_RANGE_MM = (0.1, 10.0)
@@ -188,13 +189,13 @@ def warn(message: str) -> None:
 @contextmanager
 def private_errors(what: str) -> Iterator[None]:
     """The libraries raise a dozen types of error, and warn and log with paths or header values in the text."""
-    loggers = [logging.getLogger(name) for name in ("nibabel", "pydicom", "nrrd")]
-    levels = [logger.level for logger in loggers]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    states = [logger.disabled for logger in loggers]
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             for logger in loggers:
-                logger.setLevel(logging.CRITICAL + 1)
+                logger.disabled = True  # setLevel would take as long as the reading, if there are many loggers
             yield
     except HSENetInputError:
         raise
@@ -213,8 +214,8 @@ def private_errors(what: str) -> Iterator[None]:
             f"{what} is damaged or not valid ({type(error).__name__} while decoding). Copy or convert it again."
         ) from None
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for logger, state in zip(loggers, states, strict=True):
+            logger.disabled = state
 
 
 def check_layout(shape: tuple[int, ...], dtype: np.dtype, expected: str) -> None:
@@ -285,23 +286,36 @@ def canonical_volume(array: np.ndarray, affine: np.ndarray, options: ReadOptions
     for axis in backward:
         affine[:3, 3] += affine[:3, axis] * (array.shape[axis] - 1)
         affine[:3, axis] *= -1
-    if reuse and array.flags.c_contiguous and array.flags.writeable:
-        _flip_in_place(array, backward)
-    else:
-        array = np.ascontiguousarray(np.flip(array, backward))
-    array = _checked_values(array, options)
+    if len(array) < MIN_SLICES or array.size == 0:
+        raise UnsupportedImageError(
+            f"Expected at least {MIN_SLICES} axial slices, got {len(array)} (shape D, H, W {array.shape}): "
+            "pass the whole scan."
+        )
+    if not (reuse and array.flags.c_contiguous and array.flags.writeable):
+        array, backward = np.ascontiguousarray(np.flip(array, backward)), []
+    low, high = _flip_in_place(array, backward)
+    array = _checked_values(array, low, high, options)
     return Volume(array, affine, "".join(codes[axis] for axis in range(3)))
 
 
-def _flip_in_place(array: np.ndarray, axes: list[int]) -> None:
-    """Plane by plane, in the processor's cache: fresh memory for a whole scan costs more than the turning."""
+def _flip_in_place(array: np.ndarray, axes: list[int]) -> tuple[float, float]:
+    """
+    Turns the array along `axes`; returns its lowest and highest value, NaN if it holds one.
+
+    Plane by plane, in the processor's cache: fresh memory, or one more pass, for a whole scan takes longer than that.
+    """
     in_plane = tuple(axis - 1 for axis in axes if axis > 0)
-    if in_plane:
-        for plane in array:
-            plane[:] = np.flip(plane, in_plane)  # NumPy sees that the two overlap
-    if 0 in axes:
-        for low in range(len(array) // 2):
-            array[[low, -1 - low]] = array[[-1 - low, low]]
+    last, turned, extremes = len(array) - 1, np.empty_like(array[0]), []
+    for low in range(len(array) // 2 + len(array) % 2 if 0 in axes else len(array)):
+        high = last - low if 0 in axes else low
+        if axes:
+            turned[:] = np.flip(array[low], in_plane)
+            if high != low:
+                array[low] = np.flip(array[high], in_plane)
+            array[high] = turned
+        extremes += [(array[index].min(), array[index].max()) for index in {low, high}]
+    lows, highs = zip(*extremes, strict=True)
+    return float(np.min(lows)), float(np.max(highs))
 
 
 def checked_affine(affine: np.ndarray) -> np.ndarray:
@@ -397,13 +411,8 @@ def _shifted(array: np.ndarray, shifts: np.ndarray, axis: int) -> np.ndarray:
     return moved
 
 
-def _checked_values(array: np.ndarray, options: ReadOptions) -> np.ndarray:
-    if len(array) < MIN_SLICES or array.size == 0:
-        raise UnsupportedImageError(
-            f"Expected at least {MIN_SLICES} axial slices, got {len(array)} (shape D, H, W {array.shape}): "
-            "pass the whole scan."
-        )
-    low, high = float(array.min()), float(array.max())  # NaN and infinity reach one of the two
+def _checked_values(array: np.ndarray, low: float, high: float, options: ReadOptions) -> np.ndarray:
+    """`low` and `high` of the array, which NaN and infinity reach."""
     if not (math.isfinite(low) and math.isfinite(high)):
         finite = np.isfinite(array)
         count = array.size - np.count_nonzero(finite)

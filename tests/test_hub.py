@@ -27,7 +27,7 @@ from hsenet import HSENetCLIPModel, HSENetForConditionalGeneration, HSENetProces
 ROOT = Path(__file__).parent.parent
 READING_FILES = ["reading_hsenet.py", "dicom_hsenet.py", "nifti_hsenet.py", "volume_hsenet.py"]
 MODEL_FILES = ["configuration_hsenet.py", "modeling_hsenet.py", "attention_hsenet.py", "projectors_hsenet.py"]
-HUB_FILES = [*MODEL_FILES, "processing_hsenet.py", *READING_FILES]
+HUB_FILES = [*MODEL_FILES, "processing_hsenet.py", "resampling_hsenet.py", *READING_FILES]
 QUESTION = "a nodule?"
 NEW_TOKENS = 6
 

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from test_hub import run_elsewhere
 
+import resampling_hsenet
 from hsenet import HSENetImageProcessor, HSENetProcessor, read_volume
 from hsenet.volume_cache import _settings_key
-from processing_hsenet import RELEASED_SETTINGS, _stated
+from processing_hsenet import RELEASED_SETTINGS
 from reading_hsenet import GeometryError, UnsupportedImageError
 
 
@@ -179,7 +180,7 @@ def test_full_sizes(dataset, tmp_path):
     [(np.float32(0.7), 0.7), (np.float32(0.9), 0.9), (345 / 512, 345 / 512), (np.float32(0.683594), 0.683594), (3, 3)],
 )
 def test_spacing_as_it_was_stated(header, stated):
-    assert _stated(float(header)) == stated
+    assert resampling_hsenet.stated(float(header)) == stated
 
 
 # Each step

@@ -27,7 +27,7 @@ def test_ruff(command):
 
 
 def test_functions_are_short():
-    assert len(HUB_FILES) == 9 and len(SHIPPED) > 10
+    assert len(HUB_FILES) == 10 and len(SHIPPED) > 10
     too_long = []
     for path in (*HUB_FILES, *SHIPPED):
         for node in ast.walk(ast.parse(path.read_text())):
