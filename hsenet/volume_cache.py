@@ -168,6 +168,7 @@ def cache_volumes(
     for index, tensors, note in tqdm(loader, "volumes", disable=not mine or not accelerator.is_main_process):
         if tensors is None:
             failures.append(note)
+            cache.path(mine[index]["volume_name"]).unlink(missing_ok=True)  # of the scan before it was damaged
             continue
         cached = {"pixel_values": tensors["pixel_values"].half().contiguous()}
         if slice_encoder is not None:

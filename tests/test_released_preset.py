@@ -4,6 +4,7 @@ The references go point by point in double precision with NumPy, or plane by pla
 with the processor.
 """
 
+import json
 from inspect import signature
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +19,7 @@ from test_hub import run_elsewhere
 
 import resampling_hsenet
 from hsenet import HSENetImageProcessor, HSENetProcessor, read_volume
-from hsenet.volume_cache import _settings_key
+from hsenet.volume_cache import preprocessing_settings
 from processing_hsenet import RELEASED_SETTINGS
 from reading_hsenet import GeometryError, UnsupportedImageError
 
@@ -364,7 +365,7 @@ def test_the_preset_works_from_the_saved_files_alone(tmp_path):
 def test_no_window_is_kept(dataset, tmp_path):
     HSENetImageProcessor.released(dataset).save_pretrained(tmp_path)
     loaded = HSENetImageProcessor.from_pretrained(tmp_path)
-    assert _settings_key(loaded, None) == _settings_key(HSENetImageProcessor.released(dataset), None)
+    assert preprocessing_settings(loaded) == preprocessing_settings(HSENetImageProcessor.released(dataset))
     assert (loaded.slice_hu_window is None) == (dataset == "bimcv_r")
 
 
@@ -381,6 +382,8 @@ def test_every_setting_is_part_of_the_caches_key():
     free = {**base, "volume_fit": "field_of_view", "slice_axis": "depth"}
     settings += [{**free, **change} for change in ({}, {"spacing": (3, 1, 1)}, {"crop_to_body": False})]
     settings += [{**free, "slice_fit": "field_of_view", "slice_selection": name} for name in ("uniform", "slab_mean")]
-    assert len({_settings_key(HSENetImageProcessor(**each), None) for each in settings}) == len(settings)
+    assert len({json.dumps(preprocessing_settings(HSENetImageProcessor(**each))) for each in settings}) == len(
+        settings
+    )
     named = set(others) | {"spacing", "crop_to_body", "slice_fit", "slice_selection"}
     assert named == set(signature(HSENetImageProcessor).parameters) - {"kwargs"}  # none is forgotten here

@@ -93,6 +93,8 @@ def test_unreadable_scans_are_listed_and_left_out_if_allowed(scans, tmp_path, ca
     shutil.copy(scans[3], broken)  # mended
     assert len(cache_volumes(rows, *arguments).readable(rows)) == 4
     assert {name: files(tmp_path / "cache")[name] for name in before} == before
+    broken.write_bytes(scans[0].read_bytes()[:2000])  # again: what the cache holds of it is no longer true
+    assert len(cache_volumes(rows, *arguments, max_failures=1).readable(rows)) == 3
 
 
 def test_kept_slices_are_those_that_the_features_come_from(scans, tmp_path):
