@@ -9,6 +9,7 @@ Each adapter brings its own packers, so that one base serves several tasks and i
     merged = merge_adapter(model, "vqa")  # a plain model without PEFT
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,15 +28,23 @@ PEFT_PREFIX = "base_model.model."  # of PEFT's names, before the model's own
 
 
 def lora_config(
-    model: HSENetForConditionalGeneration, r: int = 16, alpha: int = 32, dropout: float = 0.05
+    model: HSENetForConditionalGeneration,
+    r: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.05,
+    target_modules: Sequence[str] = (),
 ) -> LoraConfig:
-    """LoRA on every linear layer of the language model, as the paper; the packers train in full.
+    """LoRA on every linear layer of the language model, as the paper, or on some; the packers train in full.
 
     Args:
         model ([`HSENetForConditionalGeneration`]): whose layers it names; may be on the meta device.
         r (`int`): rank.
         alpha (`int`): LoRA's output is multiplied by `alpha / r`.
         dropout (`float`): on LoRA's input while training.
+        target_modules: last names of the layers, such as "qkv_proj"; empty: all.
+
+    Raises:
+        `ValueError`: the language model has no linear layer of such a name.
     """
     backbone = "model.language_model"
     linear = [
@@ -43,6 +52,11 @@ def lora_config(
         for name, module in model.get_submodule(backbone).named_modules()
         if isinstance(module, nn.Linear)
     ]
+    if target_modules:
+        names = {name.rpartition(".")[2] for name in linear}
+        if unknown := sorted(set(target_modules) - names):
+            raise ValueError(f"No layers named {', '.join(unknown)}: expected some of {', '.join(sorted(names))}.")
+        linear = [name for name in linear if name.rpartition(".")[2] in target_modules]
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear, modules_to_save=[PACKERS])
 
 

@@ -8,15 +8,15 @@ Needs `pip install -e ".[train]"`. The output directory loads with `AutoModel.fr
 adapter alone lies in its folder `adapter`.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_hsenet import HSENetConfig
 from hsenet.adapters import lora_config
@@ -25,6 +25,7 @@ from hsenet.collators import ReportCollator
 from hsenet.data import SimilarLengthSampler, VolumeRows, generation_rows, load_rows
 from hsenet.evaluation import evaluate_language_loss
 from hsenet.frozen_features import cache_patch_features
+from hsenet.language_model import LanguageModelArguments, load_language_model
 from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
@@ -35,10 +36,9 @@ IMAGE_TOKEN = "<image>"
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(LanguageModelArguments):
     stage1: str = field(default="", metadata={"help": "Trained stage 1: the global encoder."})
     stage2: str = field(default="", metadata={"help": "Trained stage 2: the local encoder and the slice encoder."})
-    language_model: str = field(default="microsoft/Phi-4-mini-instruct")
     encoders: Literal["both", "global", "local"] = field(default="both")
     projector: Literal["spatial_packer", "spatial_pooling", "sequence_pooling", "qformer", "mlp"] = field(
         default="spatial_packer", metadata={"help": "Patches to tokens (paper table 2b): see HSENetConfig."}
@@ -72,10 +72,14 @@ class ModelArguments:
     lora_r: int = field(default=16)
     lora_alpha: int = field(default=32)
     lora_dropout: float = field(default=0.05)
+    lora_target_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Names of the layers that get LoRA, such as o_proj; empty: all linear."},
+    )
 
 
 def assemble(
-    stage1: HSENetCLIPModel, stage2: HSENetCLIPModel, arguments: ModelArguments
+    stage1: HSENetCLIPModel, stage2: HSENetCLIPModel, arguments: ModelArguments, device: torch.device
 ) -> tuple[HSENetForConditionalGeneration, PreTrainedTokenizerBase]:
     """Both trained encoders and the language model in one model; only the packers are new."""
     if stage2.config.guidance != "slices":
@@ -87,7 +91,7 @@ def assemble(
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     if arguments.prompt_style == "plain":
         tokenizer.chat_template = None  # saved with the model, it would be a prompt that the model never saw
-    language_model = AutoModelForCausalLM.from_pretrained(arguments.language_model, dtype=torch.float32)
+    language_model = load_language_model(arguments, device)
     if len(tokenizer) > language_model.config.vocab_size:
         language_model.resize_token_embeddings(len(tokenizer))
     config = HSENetConfig(
@@ -95,7 +99,7 @@ def assemble(
         vision_config=stage1.config.vision_config.to_dict(),
         local_vision_config=stage2.config.vision_config.to_dict(),
         slice_config=stage2.config.slice_config.to_dict(),
-        text_config=language_model.config.to_dict(),
+        text_config=_plain_config(language_model),
         projector=arguments.projector,
         qformer_num_layers=arguments.qformer_num_layers,
         packer_window_size=arguments.packer_window_size,
@@ -111,16 +115,34 @@ def assemble(
     if arguments.encoders != "global":
         model.model.local_encoder.load_state_dict(stage2.vision_model.state_dict())
         model.model.slice_encoder.load_state_dict(stage2.slice_encoder.state_dict())
-    model.model.language_model.load_state_dict(language_model.base_model.state_dict())
-    model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+    model.model.language_model, model.lm_head = language_model.base_model, language_model.get_output_embeddings()
     model.generation_config = language_model.generation_config
+    # PEFT asks the whole model what its layers are.
+    model.is_loaded_in_8bit = arguments.quantization == "8bit"
+    model.is_loaded_in_4bit = arguments.quantization == "4bit"
     return model, tokenizer
 
 
+def _plain_config(language_model: PreTrainedModel) -> dict:
+    """Of the language model as the result is saved: merged, and no longer quantised."""
+    config = language_model.config.to_dict()
+    config.pop("quantization_config", None)
+    return config
+
+
 def with_lora(model: HSENetForConditionalGeneration, arguments: ModelArguments) -> nn.Module:
-    """LoRA on every linear layer of the language model, as the paper; the packers train in full."""
-    peft_config = lora_config(model, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout)
-    return get_peft_model(model, peft_config)
+    """LoRA on every linear layer of the language model, as the paper, or on some; the packers train in full."""
+    settings = (arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout, arguments.lora_target_modules)
+    return get_peft_model(model, lora_config(model, *settings))
+
+
+def merged(model: nn.Module, adapter: Path, assembled: tuple) -> nn.Module:
+    """LoRA in the weights: of a quantised model, in those that it was quantised from."""
+    stage1, stage2, arguments, device = assembled
+    if arguments.quantization != "none":
+        base, _ = assemble(stage1, stage2, replace(arguments, quantization="none"), device)
+        model = PeftModel.from_pretrained(base, adapter)
+    return model.merge_and_unload()
 
 
 def main(model_arguments: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
@@ -132,7 +154,8 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     stage1 = HSENetCLIPModel.from_pretrained(model_arguments.stage1)
     stage2 = HSENetCLIPModel.from_pretrained(model_arguments.stage2)
     image_processor = HSENetProcessor.from_pretrained(model_arguments.stage2).image_processor
-    model, tokenizer = assemble(stage1, stage2, model_arguments)
+    assembled = (stage1, stage2, model_arguments, accelerator.device)
+    model, tokenizer = assemble(*assembled)
     processor = HSENetProcessor(
         image_processor,
         tokenizer,
@@ -206,8 +229,9 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
 
     model = train(accelerator, model, loader, compute_loss, evaluate, training)
     if accelerator.is_main_process:
-        model.save_pretrained(Path(training.output_dir) / "adapter")
-        model.merge_and_unload().save_pretrained(training.output_dir)
+        adapter = Path(training.output_dir) / "adapter"
+        model.save_pretrained(adapter)
+        merged(model, adapter, assembled).save_pretrained(training.output_dir)
         processor.save_pretrained(training.output_dir)
     accelerator.end_training()
 
