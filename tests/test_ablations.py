@@ -8,6 +8,7 @@ from math import prod
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from configuration_hsenet import HSENetConfig
@@ -15,6 +16,7 @@ from hsenet.collators import ContrastiveCollator
 from hsenet.evaluation import evaluate_retrieval, guided_similarity
 from hsenet.fingerprint import fingerprint
 from hsenet.metrics.retrieval import retrieval_metrics, similarity_metrics
+from hsenet.scoring.work import embeddings_of
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
 from projectors_hsenet import PROJECTORS, HSENetProjector
 
@@ -143,6 +145,12 @@ def test_a_model_that_copies_its_guidance_finds_nothing():
     torch.testing.assert_close(similarity, similarity[:1].expand(3, -1))  # the volumes are alike whatever guides them
     metrics = similarity_metrics(similarity.T, ks=(1,))
     assert metrics["image_to_text_R@1"] == pytest.approx(1 / 3)
+
+
+def test_evaluation_by_embeddings_refuses_a_model_that_has_seen_the_answer(tmp_path):
+    model, collator = tiny.clip_model("text"), ContrastiveCollator(tiny.tokenizer(), 64)
+    with pytest.raises(ValueError, match='got guidance "text"'):
+        embeddings_of([], model, "0", collator, None, 2, tmp_path, Accelerator(cpu=True))
 
 
 def test_metrics_of_similarities_are_those_of_embeddings():

@@ -79,7 +79,17 @@ def embeddings_of(
     folder: Path,
     run: Accelerator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit embeddings of volumes and texts, `(num_rows, projection_dim)` each; `model_sha` is its `model_digest`."""
+    """
+    Unit embeddings of volumes and texts, `(num_rows, projection_dim)` each; `model_sha` is its `model_digest`.
+
+    Raises:
+        ValueError: the model is guided by text, so that a volume's embedding would hold the report to be found.
+    """
+    if model.guided_by_text:
+        raise ValueError(
+            f'Expected a model whose volumes have embeddings of their own, got guidance "{model.config.guidance}": '
+            "each report scores the patches. Its retrieval is measured over all pairs, by train/experiment.py."
+        )
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
     def write(number: int, path: Path) -> None:
