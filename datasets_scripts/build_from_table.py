@@ -10,29 +10,33 @@ folders of one DICOM CT series (these only of a local corpus), which are in HU b
 `--slope-column` and `--intercept-column`. Patients stay in one split: that of `--split-column` (train, validation,
 test), or one chosen by a hash.
 
-Names may be of patients, so the dataset holds hashes of patients, studies and paths instead, salted with what lies in
-`OUTPUT.salt`, beside the dataset; `--keep-ids` keeps them as they are. With `--volumes reference` the paths are in
-the dataset, which then is for this machine only. Texts, ages and sexes are taken over as they are: whether they
-identify anybody is yours to check before anything is shared.
+Names may be of patients, so the dataset holds pseudonyms of patients, studies and paths instead, and no age above 90;
+their key lies beside it, in `OUTPUT.salt`, and `OUTPUT.names.csv` says which volume is which file: don't share these.
+`--no-deidentify` keeps the names, and `--volumes reference`, whose rows hold the paths, needs it. Texts are taken over
+as they are: whether they identify anybody is yours to check before anything is shared.
+
+What a DICOM folder or file leaves open is refused, unless `--reading '{"series": "largest", "resample": true}'` gives
+options of `read_volume` for all scans.
 """
 
 import argparse
-import hashlib
-import secrets
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hsenet.corpora import CardFacts, Corpus, CorpusError, Plan, add_build_arguments, add_split_arguments, run
-from hsenet.corpora.files import write_atomically
 from hsenet.corpora.marks import SPLITS, split_of
+from hsenet.corpora.shards import read_file
 from hsenet.corpora.tables import age_in_years, number_or_none, read_table, sex_or_none, text_or_none
+from reading_hsenet import ReadOptions
 
 
 OPTIONAL = ("impression", "study", "split", "age", "sex", "clinical-information", "slope", "intercept")
 
 
-def plan_rows(entries: list[dict[str, Any]], columns: dict[str, str | None], salt: str, fractions, seed: int) -> Plan:
-    """`columns`: the table's column for each of our names; `salt`: of the hashed names, empty to keep them."""
+def plan_rows(entries: list[dict[str, Any]], columns: dict[str, str | None], fractions: dict, seed: int) -> Plan:
+    """`columns`: the table's column for each of our names."""
     plan, counts = Plan([]), {}
     for number, entry in enumerate(entries, start=1):
         value = {name: entry[column] if column else None for name, column in columns.items()}
@@ -41,12 +45,13 @@ def plan_rows(entries: list[dict[str, Any]], columns: dict[str, str | None], sal
             raise CorpusError(
                 f"Row {number} of the table has no path relative to --corpus: expected one, without '..'."
             )
-        patient = _name(str(value["patient"] if columns["patient"] else path), salt)
-        study = _name(str(value["study"]), salt) if columns["study"] else _name(path, salt)
+        name = path.replace("/", "_")
+        patient = str(value["patient"]) if columns["patient"] else name
+        study = str(value["study"]) if columns["study"] else name
         counts[study] = counts.get(study, 0) + 1
         row = {
             "file": path,
-            "volume_name": _name(path.removesuffix(".gz").removesuffix(".nii"), salt),
+            "volume_name": name.removesuffix(".gz").removesuffix(".nii"),
             "study_id": study,
             "patient_id": patient,
             "reconstruction": counts[study],
@@ -70,22 +75,22 @@ def plan_rows(entries: list[dict[str, Any]], columns: dict[str, str | None], sal
     return plan
 
 
-def _name(text: str, salt: str) -> str:
-    return hashlib.sha256(f"{salt} {text}".encode()).hexdigest()[:16] if salt else text.replace("/", "_")
-
-
 def _split(value: Any, number: int) -> str:
     if value not in SPLITS:
         raise CorpusError(f"Row {number} of the table has no split: expected one of {', '.join(SPLITS)}.")
     return value
 
 
-def _salt(output: Path) -> str:
-    """Beside the dataset, not in it."""
-    path = output.with_name(f"{output.name}.salt")
-    if not path.exists():
-        write_atomically(path, secrets.token_hex(16).encode())
-    return path.read_text()
+def _reading(text: str | None) -> dict[str, Any]:
+    """Options of the reader, without those that the table's columns decide."""
+    options = json.loads(text) if text else {}
+    if {"hu_source", "rescale"} & options.keys():
+        raise SystemExit("--slope-column and --intercept-column say what turns values into HU, not --reading.")
+    try:
+        ReadOptions(**options)
+    except TypeError as error:
+        raise SystemExit(f"--reading: {error}") from None
+    return options
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -101,10 +106,11 @@ def parse_arguments() -> argparse.Namespace:
     patients.add_argument("--one-patient-per-row", action="store_true", help="no patient has two scans")
     for name in OPTIONAL:
         parser.add_argument(f"--{name}-column")
-    parser.add_argument("--keep-ids", action="store_true", help="names of patients, studies and files as they are")
+    parser.add_argument("--reading", metavar="JSON", help="options of read_volume for all scans")
     parser.add_argument("--name", default="CT scans with reports", help="of the dataset, for the card")
     parser.add_argument("--license", default="other", help="the Hub's identifier, for the card")
     parser.add_argument("--terms", default="Not stated.", help="what users may do, for the card")
+    parser.set_defaults(deidentify=True)
     return parser.parse_args()
 
 
@@ -118,9 +124,12 @@ def main() -> None:
     corpus = Corpus(arguments.corpus)
     asked = tuple(column for column in columns.values() if column)
     entries = read_table(Corpus(str(arguments.table.resolve().parent)), arguments.table.name, asked)
-    salt = "" if arguments.keep_ids else _salt(arguments.output)
     fractions = {"test": arguments.test, "validation": arguments.validation}
-    plan = plan_rows(entries, columns, salt, fractions, arguments.seed)
+    plan = plan_rows(entries, columns, fractions, arguments.seed)
+    reading = _reading(arguments.reading)
+    if reading and arguments.volumes == "reference":
+        raise SystemExit("--reading is for scans that are read once, while building: use --volumes nifti.")
+    plan.read = partial(read_file, reading=reading)
     facts = CardFacts(
         script="build_from_table.py",
         name=arguments.name,
@@ -128,10 +137,9 @@ def main() -> None:
         terms=arguments.terms,
         source="a table",
         citation="nobody named.",
-        notes=() if arguments.keep_ids else ("Names are salted hashes.",),
     )
-    names = ("test", "validation", "seed", "keep_ids")
-    parameters = {**{name: getattr(arguments, name) for name in names}, "columns": sorted(asked)}
+    names = ("test", "validation", "seed")
+    parameters = {**{name: getattr(arguments, name) for name in names}, "columns": sorted(asked), "reading": reading}
     run(plan, corpus, facts, arguments, **parameters)
 
 

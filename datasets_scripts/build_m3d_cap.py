@@ -35,6 +35,7 @@ from hsenet.corpora import CardFacts, Corpus, CorpusError, Plan, add_build_argum
 from hsenet.corpora.marks import SPLITS
 from hsenet.corpora.tables import age_in_years, sex_or_none, text_or_none
 from reading_hsenet import HSENetInputError, Volume, read_volume
+from volume_hsenet import private_errors
 
 
 ROOT = "M3D_Cap"
@@ -145,10 +146,8 @@ def read_pictures(
     names = corpus.listing(row["file"])
     numbered = sorted((int(match[1]), name) for name in names if (match := PICTURE.fullmatch(name.rpartition("/")[2])))
     files = [corpus.read(name) for _, name in numbered]
-    try:
+    with private_errors("A picture of the series"):
         slices = [np.asarray(Image.open(io.BytesIO(content)).convert("L")) for content in files]
-    except OSError as error:
-        raise HSENetInputError("A picture of the series is damaged: expected whole PNG or JPEG files.") from error
     shapes = {picture.shape for picture in slices}
     if len(shapes) != 1:
         raise HSENetInputError(f"The pictures of a series have {len(shapes)} sizes: expected one.")

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 from datasets import load_from_disk
 
+from hsenet.corpora.pseudonyms import pseudonyms, salt_path
 from hsenet.corpora.volumes import content_hash
 from hsenet.embedding import Embedder
 from hsenet.index_filters import RELATIONS, Columns, Filter, relations
 from hsenet.index_results import Hit, SearchResult
-from hsenet.index_rows import pseudonyms, salt_path
 from hsenet.index_store import ROW, TARGETS, check_identity, read_info, write_index
 from hsenet.scans import read_scan
 

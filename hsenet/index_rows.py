@@ -1,16 +1,13 @@
 # Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
 """What a search index knows of each volume: rows of a dataset in our format, or of a table of scans."""
 
-import hashlib
-import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import get_dataset_split_names
 
 from hsenet.corpora import Corpus
-from hsenet.corpora.files import write_atomically
 from hsenet.corpora.tables import age_in_years, number_or_none, read_table, sex_or_none, text_or_none
 from hsenet.data import dataset_root, load_rows
 from hsenet.phantom import CT_RATE_LABELS
@@ -123,21 +120,3 @@ def _label_names(value: Any) -> list[str] | None:
 def _check_splits(asked: Sequence[str], known: Iterable[str]) -> None:
     if missing := sorted(set(asked) - set(known)):
         raise ValueError(f"There is no split {', '.join(missing)}: expected some of {', '.join(sorted(known))}.")
-
-
-def salt_path(index: Path) -> Path:
-    """Beside the index, not in it."""
-    return index.with_name(f"{index.name}.salt")
-
-
-def pseudonyms(index: Path) -> Callable[[str], str]:
-    """
-    A keyed hash of names. Its key is made on the first call and lies in [`salt_path`], for its owner's eyes: with it,
-    and only with it, a patient's number leads to the patient's rows.
-    """
-    path = salt_path(index)
-    if not path.exists():
-        write_atomically(path, secrets.token_hex(16).encode())
-        path.chmod(0o600)
-    key = path.read_bytes()
-    return lambda name: hashlib.blake2b(name.encode(), key=key, digest_size=8).hexdigest()

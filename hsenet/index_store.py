@@ -17,10 +17,11 @@ from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
 from hsenet.conversion_output import finished_folder
+from hsenet.corpora.pseudonyms import pseudonyms
 from hsenet.data import report_text
 from hsenet.embedding import Embedder
 from hsenet.index_filters import Columns
-from hsenet.index_rows import load_source, pseudonyms, source_id
+from hsenet.index_rows import load_source, source_id
 from hsenet.volume_cache import VolumeCache, cache_volumes
 
 

@@ -38,25 +38,26 @@ def read_scan(row: dict[str, Any]) -> Volume:
         return read_hu(path, row.get("hu_slope"), row.get("hu_intercept"))
 
 
-def read_hu(path: Path, hu_slope: float | None = None, hu_intercept: float | None = None) -> Volume:
+def read_hu(path: Path, hu_slope: float | None = None, hu_intercept: float | None = None, **options: Any) -> Volume:
     """
     A file or DICOM folder in true HU.
 
     Args:
         hu_slope, hu_intercept (`float`, *optional*):
             From a corpus' metadata, for a NIfTI file of stored values; None: the file says how its values become HU.
+        options: of `read_volume`, such as `series`.
 
     Raises:
         HSENetInputError: what `read_volume` refuses, and a file that has a scaling beside that of the metadata.
     """
     if hu_slope is None and hu_intercept is None:
-        return read_volume(path)
+        return read_volume(path, **options)
     if hu_slope is None or hu_intercept is None or path.is_dir():
         raise UnsupportedImageError(
             "hu_slope and hu_intercept are of NIfTI files of stored values and belong together: expected both, or "
             f"none, got {hu_slope} and {hu_intercept} for a {'folder' if path.is_dir() else 'file'}."
         )
-    return read_volume(path, hu_source="metadata", rescale=(hu_slope, hu_intercept))
+    return read_volume(path, hu_source="metadata", rescale=(hu_slope, hu_intercept), **options)
 
 
 def read_zipped_nifti(content: bytes) -> Volume:

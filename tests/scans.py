@@ -29,9 +29,11 @@ AFFINE = np.array([[0, 0, -0.7, 40.0], [0, -0.75, 0, 35.5], [2.5, 0, 0, -120.0],
 # From index (d, h, w): W runs to the patient's left, which is -R; H to posterior, which is -A.
 
 
-def stored_as(array: np.ndarray, order: tuple[int, ...], flips: tuple[bool, ...]) -> tuple[np.ndarray, np.ndarray]:
+def stored_as(
+    array: np.ndarray, order: tuple[int, ...], flips: tuple[bool, ...], affine: np.ndarray = AFFINE
+) -> tuple[np.ndarray, np.ndarray]:
     """The same scan with its axes permuted and flipped, and the affine that says so."""
-    array, affine = array.transpose(order), AFFINE[:, [*order, 3]]
+    array, affine = array.transpose(order), affine[:, [*order, 3]]
     for axis, flip in enumerate(flips):
         if flip:
             step = np.eye(4)
@@ -73,10 +75,11 @@ def write_series(
     flips=(),
     descending=False,
     syntax=ExplicitVRLittleEndian,
+    affine=AFFINE,
     **tags,
 ) -> Path:
     """One DICOM file a slice; `axes` of D, H, W become (slice, row, column), those in `flips` run backwards."""
-    stored, affine = stored_as(array, axes, tuple(axis in flips for axis in range(3)))
+    stored, affine = stored_as(array, axes, tuple(axis in flips for axis in range(3)), affine)
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     endian = "<" if syntax.is_little_endian else ">"

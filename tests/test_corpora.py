@@ -205,7 +205,7 @@ def test_names_in_a_table_are_hashed_unless_asked_for(built, raw, tmp_path):
     for secret in (b"Doe^Jane", b"train_2", b"scans.csv"):
         assert [name for name, content in written.items() if secret in content or secret.decode() in name] == []
     arguments = table_arguments(tmp_path, raw / "ct-rate-v2")
-    build("build_from_table", *arguments, "--output", tmp_path / "kept", "--keep-ids")
+    build("build_from_table", *arguments, "--output", tmp_path / "kept", "--no-deidentify")
     assert {row["patient_id"] for row in rows_of(tmp_path / "kept")} == {f"Doe^Jane^{number}" for number in range(7)}
 
 

@@ -6,6 +6,9 @@ reports/train.parquet                  the same rows without the scans
 vqa/train.parquet                      questions about them
 excluded.csv, leakage.json, preview/, README.md
 corpus                                 with --volumes reference: a link to the local copy, never uploaded
+
+With --deidentify, beside the folder and never uploaded: OUTPUT.salt, the key of the pseudonyms, and OUTPUT.names.csv,
+which volume is which file.
 """
 
 import argparse
@@ -14,8 +17,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,16 @@ from .leakage import find_leaks, write_leaks
 from .marks import SPLITS, first_patients, mark
 from .parquet import read_rows, write_rows
 from .preview import write_preview
+from .pseudonyms import pseudonyms, without_names
 from .schema import QUESTION_FEATURES, REPORT_FEATURES
 from .shards import LINK, exclusion, read_file, shard_path, split_into_shards, stop_if_unreadable, write_shards
 from .source import INSIDE, Corpus, CorpusError
 
 
+DEIDENTIFIED = (
+    "**De-identified.** Patients, studies and volumes have pseudonyms, and 90 years stand for 90 and more. Texts are "
+    "as they were."
+)
 MAX_SPACING_MM = 10.0  # the reader refuses what is coarser
 UPLOADED = ("README.md", "excluded.csv", "leakage.json", "reports/*", "vqa/*", "volumes/*", "preview/*")
 
@@ -72,6 +80,12 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("D", "H", "W"),
         help="with --volumes nifti: average voxels into blocks of at most so many mm (default: as stored)",
     )
+    parser.add_argument(
+        "--deidentify",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="pseudonyms for patients, studies and volumes, ages up to 90; texts stay as they are",
+    )
     parser.add_argument("--exclude", type=Path, help="file with volume names to leave out, one a line")
     parser.add_argument("--max-patients", type=int, help="only so many patients of each split: a trial")
     parser.add_argument("--present-only", action="store_true", help="leave out scans that the local copy lacks")
@@ -93,6 +107,9 @@ def run(plan: Plan, corpus: Corpus, facts: CardFacts, arguments: argparse.Namesp
     _check(arguments, corpus)
     output = arguments.output
     rows, excluded = _select(plan, corpus, arguments)
+    if arguments.deidentify:
+        plan, rows, excluded = _without_names(plan, rows, excluded, output)
+    rows = mark(first_patients(rows, arguments.max_patients))
     if not rows:
         raise CorpusError(f"No scan is left to build: {len(excluded)} are excluded and none remain.")
     parameters = {"script": facts.script, **parameters, **_recorded(arguments, corpus, rows)}
@@ -102,7 +119,7 @@ def run(plan: Plan, corpus: Corpus, facts: CardFacts, arguments: argparse.Namesp
 
     found = write_shards(rows, plan.read, corpus, arguments)
     excluded = excluded + found
-    _write_excluded(output / "excluded.csv", excluded)
+    _write_table(output / "excluded.csv", excluded, ("volume_name", "split", "reason"))
     stop_if_unreadable(found, arguments)
 
     reports = {split: list(_report_rows(rows, split, arguments)) for split in SPLITS}
@@ -113,6 +130,8 @@ def run(plan: Plan, corpus: Corpus, facts: CardFacts, arguments: argparse.Namesp
     leaks = find_leaks({**row, "split": split} for split, group in reports.items() for row in group)
     write_leaks(output / "leakage.json", leaks)
     write_preview(output, reports)
+    if arguments.deidentify:
+        facts = replace(facts, notes=(*facts.notes, DEIDENTIFIED))
     write_card(output, facts, parameters, reports, questions, excluded, leaks)
     print((output / "README.md").read_text().split("---\n", 2)[2])
     if arguments.push_to_hub:
@@ -125,6 +144,8 @@ def _check(arguments: argparse.Namespace, corpus: Corpus) -> None:
             raise SystemExit("--volumes reference needs a local copy of the corpus: use --volumes nifti.")
         if arguments.spacing:
             raise SystemExit("--spacing is of scans that are written: use it with --volumes nifti.")
+        if arguments.deidentify:
+            raise SystemExit("--volumes reference keeps the files' paths: use --volumes nifti, or --no-deidentify.")
         if arguments.push_to_hub:
             raise SystemExit("--volumes reference points into a local folder and is of no use on the Hub.")
     if arguments.spacing and max(arguments.spacing) > MAX_SPACING_MM:
@@ -135,7 +156,7 @@ def _check(arguments: argparse.Namespace, corpus: Corpus) -> None:
 
 def _recorded(arguments: argparse.Namespace, corpus: Corpus, rows: list[dict]) -> dict:
     """What the dataset depends on. No local path: the parameters are in the card."""
-    names = ("volumes", "spacing", "max_patients", "present_only", "shard_rows")
+    names = ("volumes", "spacing", "deidentify", "max_patients", "present_only", "shard_rows")
     return {
         "corpus": "a local copy" if corpus.is_local else corpus.location,
         **{name: getattr(arguments, name) for name in names},
@@ -151,7 +172,7 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _select(plan: Plan, corpus: Corpus, arguments: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """The rows to build, marked and in order, and all that is left out before any scan is read."""
+    """The rows to build, and all that is left out before any scan is read."""
     rows, excluded = plan.rows, list(plan.excluded)
     rules: list[tuple[str, Callable[[dict], bool]]] = []
     if arguments.exclude:
@@ -167,7 +188,18 @@ def _select(plan: Plan, corpus: Corpus, arguments: argparse.Namespace) -> tuple[
         raise SystemExit(
             "--volumes reference needs scans that are files: unpack the archives, or use --volumes nifti."
         )
-    return mark(first_patients(rows, arguments.max_patients)), excluded
+    return rows, excluded
+
+
+def _without_names(plan: Plan, rows: list[dict], excluded: list[dict], output: Path) -> tuple[Plan, list, list]:
+    """Rows, exclusions and questions with pseudonyms; which volume is which file is written beside the dataset."""
+    name = pseudonyms(output)
+    renamed = [without_names(row, name) for row in rows]
+    key = output.with_name(f"{output.name}.names.csv")
+    _write_table(key, [{"volume_name": row["volume_name"], "file": row["file"]} for row in renamed])
+    key.chmod(0o600)
+    questions = plan.questions and (lambda: (without_names(question, name) for question in plan.questions()))
+    return replace(plan, questions=questions), renamed, [without_names(row, name) for row in excluded]
 
 
 def _report_rows(rows: list[dict], split: str, arguments: argparse.Namespace) -> Iterator[dict]:
@@ -200,9 +232,9 @@ def _counted(questions: Iterable[dict], counts: dict[str, int], split: str) -> I
         yield question
 
 
-def _write_excluded(path: Path, excluded: list[dict[str, str]]) -> None:
+def _write_table(path: Path, rows: list[dict[str, str]], columns: Sequence[str] = ("volume_name", "file")) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, ("volume_name", "split", "reason"), lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(excluded)
+    writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())

@@ -27,11 +27,11 @@ BLANK_HEADER = "blank header"
 LINK = "corpus"  # in a dataset that points into a local copy, the link to it
 
 
-def read_file(corpus: Corpus, row: dict[str, Any]) -> Volume:
-    """The row's scan from a file, or a local DICOM folder, in HU."""
+def read_file(corpus: Corpus, row: dict[str, Any], reading: dict[str, Any] | None = None) -> Volume:
+    """The row's scan from a file, or a local DICOM folder, in HU; `reading`: further options of the reader."""
     with corpus.fetch(row["file"]) as path:
         try:
-            return read_hu(path, row["hu_slope"], row["hu_intercept"])
+            return read_hu(path, row["hu_slope"], row["hu_intercept"], **(reading or {}))
         except HSENetInputError as error:
             if path.is_file() and has_blank_header(path):
                 raise HSENetInputError(BLANK_HEADER) from error
@@ -139,5 +139,6 @@ def stop_if_unreadable(found: list[dict[str, str]], arguments: argparse.Namespac
     lines = "\n".join(f"  {failure['volume_name']}: {failure['reason']}" for failure in failed[:20])
     raise SystemExit(
         f"{len(failed)} scans could not be read, {arguments.allow_unreadable} may (--allow-unreadable):\n{lines}\n"
-        "All are in excluded.csv. Correct the files and run again: only their shards are built anew."
+        "All are in excluded.csv (and, with --deidentify, their files in OUTPUT.names.csv). Correct the files and run "
+        "again: only their shards are built anew."
     )

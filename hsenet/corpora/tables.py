@@ -83,4 +83,5 @@ def number_or_none(value: Any) -> float | None:
     try:
         return None if text is None else float(text)
     except ValueError:
-        raise CorpusError(f"A table has {text[:20]!r} where a number is expected: is it the published one?") from None
+        # Without the value: the wrong column could hold names.
+        raise CorpusError("A table has text where a number is expected: is it the right table and column?") from None
