@@ -5,6 +5,10 @@
 A report is cut into sentences and clauses; in each, the phrases of FINDINGS are looked for, and a phrase counts when
 no negation reaches it. Phrases and cues are tables: to correct the labeller, change a row and add the sentence to
 the tests. It reads English radiology prose, is not RadBERT, and was not validated against human labels.
+
+No rule sees what a clause leaves to another: "the right effusion has resolved, the left persists", "on the right
+there is one", "a history of nodules; none is seen today". Nor do the tables hold all that ends a finding ("the lobe
+has re-expanded") or what a report says about itself ("the question of adenopathy can be answered in the negative").
 """
 
 import re
@@ -47,6 +51,7 @@ FINDINGS: dict[str, tuple[str, ...]] = {  # a finding is mentioned where one of 
         r"\b(?:endotracheal|tracheostomy|nasogastric|orogastric|feeding|chest|thoracostomy) tubes?|\bcannulas?",
         r"\b(?:chest|pleural|pigtail|thoracic|surgical) drains?\b|\bstents?\b|\bprosthe(?:sis|ses|tic)|\bimplants?\b",
         r"\b(?:sternal|sternotomy|cerclage|metallic) (?:wires?|sutures?)|\b(?:surgical|metallic) (?:clips?|staples?)",
+        r"\bsternotomy(?: [\w,-]+){0,5} wires?\b",
         r"\bsuture (?:lines?|materials?)|\b(?:pacing|pacemaker|cardiac|icd) (?:leads?|wires?)|\belectrodes?",
         r"\bmedical (?:materials?|devices?)|\bhardware\b|\b(?:vena cava|ivc) filter|\bembolization coils?",
         r"\bfixation (?:plates?|screws?|materials?)|\bvalve replacement",
@@ -77,7 +82,7 @@ FINDINGS: dict[str, tuple[str, ...]] = {  # a finding is mentioned where one of 
     ),
     "Lymphadenopathy": (
         r"\b(?:lymph)?adenopath(?:y|ies)",
-        rf"\b(?:enlarged?|enlargement of|pathological(?:ly)?)\b{_gap(6, 'heart', 'thyroid', 'small')}{NODES}",
+        rf"\b(?<!non-)(?:enlarged?|enlargement of|pathological(?:ly)?)\b{_gap(6, 'heart', 'thyroid', 'small')}{NODES}",
         rf"{NODES}{_gap(6, 'heart', 'thyroid')}(?:enlarged|enlargement|pathological(?:ly)? (?:size|dimension|appear))",
         rf"{NODES}{_gap(9, *SMALLER)}{LARGE_NODE_SIZE}",
     ),
@@ -138,6 +143,7 @@ NOT_THE_FINDING: dict[str, tuple[str, ...]] = {  # a phrase that lies wholly ins
         r"\b(?:sinus|vessel|vascular|contrast|arterial|bowel)(?: \w+)? opacification",
         r"\bground[ -]?glass nodul\w+",
         r"\bopacification of(?: \w+){0,3} (?:arter\w+|vessels?|sinus\w*|veins?)",
+        r"\bopacit(?:y|ies) (?:of|in)(?: \w+){0,3} sinus\w*",
         r"\b(?:fatty|hepatic|liver) infiltration",
     ),
     "Pulmonary fibrotic sequela": (
@@ -176,23 +182,35 @@ NOT_A_NEGATION = (  # a "no" or "not" that leaves the finding standing
     r"(?:resolved|resolution(?: of)?|disappeared|cleared)\b|\bunresolved\b|"
     r"\b(?:partial\w*|incomplete\w*|near\w*|almost|mostly|largely)(?: completely)? (?:resolved|resolution(?: of)?|"
     r"disappeared|cleared)\b|\bnot only\b|\bno doubt\b|\b(?:no|without|not)(?: iv| intravenous)? contrast\w*|"
+    r"\bnot (?:absent|unlikely|improbable)\b|"
+    r"\babsence of(?=.* (?:cannot|can not|could not) be (?:confirmed|assured))|"
+    r"\bnot (?:true|the case) that there (?:is|are) no\b|"
+    rf"\bno (?:\w+ )?(?:lobes?|lungs?|segments?|regions?|zones?|parts?)(?: {BE})?"
+    r" (?:free (?:of|from)|without|devoid of)\b|"
     rf"\bnot (?:previously|formerly)(?: {SEEN})?\b|"
     rf"\bnot (?:\w+ )?{SEEN}(?: \w+){{0,3}} (?:previous\w*|prior|earlier|before)\b"
 )
 AFTER_NEGATION = (  # reaches back to the start of its clause
-    rf"\b(?:not|no longer)(?: \w+){{0,2}}? {SEEN}\b|n't (?:be )?{SEEN}\b|\b(?:absent|unlikely|excluded|ruled out)\b|"
+    rf"\b(?:not|no longer)(?: \w+){{0,2}}? {SEEN}\b|n't (?:be )?{SEEN}\b|"
+    r"\b(?:absent|unlikely|improbable|excluded|ruled out)\b|"
+    rf"\b{SEEN} (?:neither|nowhere)\b|\breplaced by\b|"
     r"(?!^)\b(?:resolved|disappeared|cleared)\b|\bbeen removed\b|: ?(?:none|no|nil|negative)\b(?! \w)|\(-\)|"
     r"\b(?:cannot|can not|could not) be (?:\w+ )?(?:evaluated|assessed)\b"
 )
 BEFORE_NEGATION = (  # reaches on to the end of its clause, or to a cause or an affirmative opening
     r"\b(?:no|not|nor|neither|never|without|absence of|lack of|negative for|free (?:of|from)|clear of|resolution of|"
     r"disappearance of|removal of|rule out|to exclude|excludes?|(?:evaluat\w+|assess\w*|screen\w*|query) for|"
-    r"rather than|instead of|as opposed to|if|in case of)\b|^resolved\b|\bw/o\b|\br/o\b|n't\b"
+    r"rather than|instead of|as opposed to|if|in case of|nothing to|devoid of|fail(?:s|ed) to|family history of|"
+    r"none of(?: \w+){1,3}? (?:shows?|contains?|has|have|demonstrates?|reveals?))\b|"
+    r"^resolved\b|\bw/o\b|\br/o\b|n't\b"
+)
+HEADING_NEGATION = (  # of a list, all of which it denies
+    rf"\W*(?:the following(?: \w+)? {BE} )?(?:not {SEEN}|no longer {SEEN}|absent|excluded)\s*:"
 )
 CAUSE = r"\b(?:due to|because of|secondary to|owing to|caused by|as a result of|in the setting of)\b"
 AFFIRMATIVE_WORD = (
     r"(?:there (?:is|are|was|were)|an?|the|mild\w*|minimal\w*|small|moderate\w*|severe\w*|large|slight\w*|stable|"
-    r"unchanged|residual|persistent|known|underlying|chronic)\b"
+    r"unchanged|residual|persistent|known|underlying|chronic|presence of)\b"
 )
 AFFIRMATIVE_OPENING = (
     rf"(?:,(?: and| with)? (?:(?:left|right|bilateral)\b|{AFFIRMATIVE_WORD})|\b(?:and|with) {AFFIRMATIVE_WORD})"
@@ -206,7 +224,8 @@ SENTENCE_BREAK = (
     r"(?<!e\.g\.)(?<!i\.e\.)(?<!approx\.)(?<!vs\.)(?<=[.!?])\s+|(?<=[a-z)][.])(?=[A-Z])|\n\s*(?=\n|[A-Z\d\u2022*-])"
 )
 CLAUSE_BREAK = (
-    r";|\s-+\s|\b(?:but|however|although|though|whereas|while|except(?: for)?|apart from|aside from|other than|"
+    r";|\s-+\s|\s(?=(?:lungs?|heart|pleura|mediastinum|airways|bones|abdomen|findings|impression) ?:)|"
+    r"\b(?:but|however|although|though|whereas|while|except(?: for)?|apart from|aside from|other than|"
     r"despite|nevertheless|otherwise)\b"
 )
 FINITE_VERB = (
@@ -289,9 +308,11 @@ def _cue_scopes(clause: str) -> tuple[list[Span], list[Span], list[Span]]:
         end = re.search(r",| and | with |$", clause[cue.end() :])
         hedged.append((cue.start(), cue.end() + end.start()))
     clause = _without_cues(clause)
+    if heading := re.match(HEADING_NEGATION, clause):
+        return hedged, [(heading.end(), _reach(clause, heading.end()))], []
     after = [(0, cue.start()) for cue in re.finditer(AFTER_NEGATION, clause)]
     clause = re.sub(AFTER_NEGATION, lambda cue: "_" * len(cue[0]), clause)
-    before = [(cue.start(), _reach(clause, cue.end())) for cue in re.finditer(BEFORE_NEGATION, clause)]
+    before = [(cue.end(), _reach(clause, cue.end())) for cue in re.finditer(BEFORE_NEGATION, clause)]
     return hedged, before, after
 
 

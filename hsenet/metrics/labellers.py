@@ -36,7 +36,7 @@ class RuleLabeller:
 
     @property
     def name(self) -> str:
-        return f"hsenet rules/1, uncertain={self.uncertain}"
+        return f"hsenet rules/2, uncertain={self.uncertain}"
 
     def __call__(self, texts: Sequence[str | None], labels: Sequence[str] = CT_RATE_LABELS) -> np.ndarray:
         rows = [label_vector(text, labels=labels, uncertain=self.uncertain) for text in texts]
