@@ -28,6 +28,7 @@ from hsenet.metrics import (
     vqa_tally,
 )
 from hsenet.metrics.bootstrap import holm_adjusted
+from hsenet.metrics.retrieval import retrieval_scores
 from hsenet.metrics.verdict import DEPENDS, DOES_NOT_DEPEND
 from hsenet.phantom import sample_study
 
@@ -77,6 +78,9 @@ def test_tally_and_curve_are_the_metrics():
     curve = recall_curve(images, texts, study_ids=ids)
     assert curve["k"][0] == 1 and curve["k"][-1] == 40 and curve["image_to_text"][-1] == 1
     assert curve["image_to_text"][0] == pytest.approx(scores["image_to_text_R@1"])
+    together = retrieval_scores(images, texts, study_ids=ids)
+    assert together[0] == scores and together[2] == curve and together[1].protocol == tally.protocol
+    assert np.array_equal(together[1].counts, tally.counts)
 
 
 # Volume to volume: as published, and as it should be
@@ -105,6 +109,18 @@ def test_published_map_by_hand_and_its_running_mean(random_volumes):
     scores = ct_clip_volume_scores(embeds, labels, ks=(1, 5, 10))
     assert {name: scores[name] for name in expected} == pytest.approx(expected)
     assert scores["protocol"] == "volume-map-ct-clip/1"
+
+
+def test_equally_near_volumes_are_taken_in_their_order():
+    labels = np.eye(6, 18, dtype=bool)
+    labels[:, 0] = [1, 1, 0, 0, 1, 0]
+    labels[:, 17] = True
+    constant = np.ones((6, 4))
+    scores = volume_retrieval_tally(constant, labels, range(6), ks=(2,)).scores()
+    jaccard = lambda i, j: (labels[i] & labels[j]).sum() / (labels[i] | labels[j]).sum()  # noqa: E731
+    others = {i: [j for j in range(6) if j != i][:2] for i in range(6)}
+    by_hand = [np.mean([jaccard(i, j) for j in near]) for i, near in others.items()]
+    assert scores["mean_jaccard@2"] == pytest.approx(np.mean(by_hand))
 
 
 def test_a_random_embedding_looks_good_as_published_and_is_chance_on_the_honest_score(random_volumes):

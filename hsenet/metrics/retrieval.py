@@ -104,8 +104,7 @@ def retrieval_tally(
 ) -> Tally:
     """The means of `retrieval_metrics` with what each query adds; the protocol says how large the gallery is."""
     ranks, studies = _ranks(image_embeds, text_embeds, study_ids, ks)
-    values = {f"{direction}_{name}": column for direction, of in ranks.items() for name, column in of.items()}
-    return mean_tally(f"{_protocol(study_ids)}[{len(studies)} candidates]", values)
+    return _tally(ranks, studies, study_ids)
 
 
 def recall_curve(
@@ -116,11 +115,41 @@ def recall_curve(
     num_points: int = 40,
 ) -> dict[str, Any]:
     """`k`, recall at each k of both directions and of chance, from 1 to all evenly in log k, and the `protocol`."""
-    ks = np.unique(np.geomspace(1, len(image_embeds), num_points).round().astype(int)).tolist()
-    scores = retrieval_metrics(image_embeds, text_embeds, study_ids=study_ids, ks=ks)
+    ks = _curve_ks(len(image_embeds), num_points)
+    return _curve(retrieval_metrics(image_embeds, text_embeds, study_ids=study_ids, ks=ks), ks)
+
+
+def retrieval_scores(
+    image_embeds: np.ndarray | torch.Tensor,
+    text_embeds: np.ndarray | torch.Tensor,
+    *,
+    study_ids: Sequence[Hashable] | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+) -> tuple[dict[str, Any], Tally, dict[str, Any]]:
+    """`retrieval_metrics`, `retrieval_tally` and `recall_curve` from one comparison of all with all."""
+    curve_ks = _curve_ks(len(image_embeds), 40)
+    ranks, studies = _ranks(image_embeds, text_embeds, study_ids, sorted({*ks, *curve_ks}))
+    curve = _curve(_metrics(ranks, studies, study_ids, curve_ks), curve_ks)
+    names = (*(f"R@{k}" for k in ks), "mean_rank", "mrr")
+    asked = {direction: {name: of_queries[name] for name in names} for direction, of_queries in ranks.items()}
+    return _metrics(asked, studies, study_ids, ks), _tally(asked, studies, study_ids), curve
+
+
+def _tally(
+    ranks: dict[str, dict[str, np.ndarray]], studies: np.ndarray, study_ids: Sequence[Hashable] | None
+) -> Tally:
+    values = {f"{direction}_{name}": column for direction, of in ranks.items() for name, column in of.items()}
+    return mean_tally(f"{_protocol(study_ids)}[{len(studies)} candidates]", values)
+
+
+def _curve_ks(num_candidates: int, num_points: int) -> list[int]:
+    return np.unique(np.geomspace(1, num_candidates, num_points).round().astype(int)).tolist()
+
+
+def _curve(scores: dict[str, Any], ks: Sequence[int]) -> dict[str, Any]:
     names = ("image_to_text", "text_to_image", "chance")
     curve = {name: [scores[f"{name}_R@{k}"] for k in ks] for name in names}
-    return {"protocol": scores["protocol"], "k": ks, **curve}
+    return {"protocol": scores["protocol"], "k": list(ks), **curve}
 
 
 def _protocol(study_ids: Sequence[Hashable] | None) -> str:

@@ -47,8 +47,8 @@ def volume_retrieval_tally(
     values["chance_jaccard"] = np.full(len(rows), np.nan)
     for block, similarity, jaccard in _blocks(rows, labels, shown, shown):
         other = studies[block, None] != studies[None, shown]
-        ranked = np.take_along_axis(jaccard, _descending(np.where(other, similarity, -np.inf)), axis=1)
-        places, available = np.arange(len(shown)), other.sum(1, keepdims=True)
+        ranked = np.take_along_axis(jaccard, _nearest(np.where(other, similarity, -np.inf), max(ks)), axis=1)
+        places, available = np.arange(ranked.shape[1]), other.sum(1, keepdims=True)
         for k in ks:
             taken = places < np.minimum(k, available)
             values[f"mean_jaccard@{k}"][block] = (ranked * taken).sum(1) / taken.sum(1)
@@ -71,7 +71,7 @@ def ct_clip_volume_scores(
         raise ValueError("No volume has a finding: there is nothing to retrieve.")
     per_k: dict[int, list[np.ndarray]] = {k: [] for k in ks}
     for _, similarity, jaccard in _blocks(rows, labels, np.arange(len(rows)), gallery):
-        ranked = np.take_along_axis(jaccard, _descending(similarity), axis=1)
+        ranked = np.take_along_axis(jaccard, _nearest(similarity, max(ks)), axis=1)
         for k in ks:
             per_k[k].append(ranked[:, :k].mean(1))
     means = [np.concatenate(per_k[k]).mean() for k in ks]
@@ -92,8 +92,15 @@ def _blocks(
         yield block, rows[block] @ rows[gallery].T, both / either
 
 
-def _descending(similarity: np.ndarray) -> np.ndarray:
-    return np.argsort(-similarity, axis=1, kind="stable")
+def _nearest(similarity: np.ndarray, number: int) -> np.ndarray:
+    """Of each row the columns of the `number` largest, the largest first and of equal ones the earlier."""
+    number = min(number, similarity.shape[1])
+    smallest = np.partition(similarity, -number, axis=1)[:, -number]
+    nearest = np.empty((len(similarity), number), dtype=np.intp)
+    for row, values in enumerate(similarity):
+        reached = np.flatnonzero(values >= smallest[row])  # in their order, more than `number` where some are equal
+        nearest[row] = reached[np.argsort(-values[reached], kind="stable")[:number]]
+    return nearest
 
 
 def _labels(labels: np.ndarray, num_volumes: int) -> np.ndarray:

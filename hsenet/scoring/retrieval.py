@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from hsenet.metrics.bootstrap import compare_runs
-from hsenet.metrics.retrieval import recall_curve, retrieval_metrics, retrieval_tally
+from hsenet.metrics.retrieval import retrieval_scores
 from hsenet.metrics.table import Result
 from hsenet.metrics.tally import Tally
 from hsenet.metrics.volume_retrieval import ct_clip_volume_scores, volume_retrieval_tally
@@ -46,15 +46,14 @@ def score_embeddings(
     if len(set(studies)) < len(studies):
         protocols[f"{stage} study-level"] = studies
     for name, ids in protocols.items():
-        tally = retrieval_tally(images, texts, study_ids=ids, ks=KS)
-        metrics = retrieval_metrics(images, texts, study_ids=ids, ks=KS)
+        metrics, tally, curve = retrieval_scores(images, texts, study_ids=ids, ks=KS)
         task = f"{name} retrieval"
         scores.tallies[task] = tally
         scores.results[task] = score(stage, [tally])
         for direction in ("image_to_text", "text_to_image"):
             chance = {f"{direction}_{what}": metrics[f"chance_{what}"] for what in ("mrr", *(f"R@{k}" for k in KS))}
             scores.results[task] += plain_results("chance", chance, tally.protocol)
-        scores.metrics[name], scores.curves[name] = metrics, recall_curve(images, texts, study_ids=ids)
+        scores.metrics[name], scores.curves[name] = metrics, curve
     labels = [row.get("labels") for row in rows]
     if all(labels) and len({study for study, found in zip(studies, labels, strict=True) if any(found)}) > 1:
         task = f"{stage} volume retrieval"
