@@ -14,7 +14,7 @@ import yaml
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from hsenet.collators import ReportCollator
-from hsenet.experiments.alignment import ALL, summarise
+from hsenet.experiments.alignment import ALL, LESS, summarise
 from hsenet.experiments.decision import Interval, paired_difference, t_interval, verdict
 from hsenet.experiments.nodules import NO_NODULE, nodule_patient, probe_auroc
 from hsenet.experiments.patches import canonical_mask, patch_overlap
@@ -110,11 +110,12 @@ def test_alignment_of_the_mask_itself_and_of_its_opposite():
     generator = np.random.default_rng(0)
     shown = [{"Lung nodule": generator.random((4, 4, 4)) > 0.8} for _ in range(20)]
     truth = np.stack([found["Lung nodule"] for found in shown]).astype(float)
-    scores = {"same": [truth], "opposite": [1 - truth], "random": [generator.random(truth.shape)]}
+    scores = {"trained": [truth], "opposite": [1 - truth], "random": [generator.random(truth.shape)]}
     scores["both"] = [truth, 1 - truth]  # two seeds that contradict each other
     summary = summarise(scores, shown, [f"patient {number // 2}" for number in range(20)])
     means = {name: interval.mean for name, interval in summary["Lung nodule"].items()}
-    assert means["same"] == 1 and means["opposite"] == 0 and means["both"] == 0.5
+    assert means["trained"] == 1 and means["opposite"] == 0 and means["both"] == 0.5
+    assert summary[LESS]["opposite"] == Interval(1, 1, 1) and summary[LESS]["trained"] == Interval(0, 0, 0)
     interval = summary[ALL]["random"]
     assert interval.low < 0.5 < interval.high and 0.02 < interval.high - interval.low < 0.3
 
@@ -166,14 +167,14 @@ def test_likelihoods_of_answers_are_those_of_each_question_alone():
         {"volume_name": "b", "question": "Is the heart enlarged?"},
         {"volume_name": "a", "question": "Is there a pericardial effusion? yes no"},
     ]
-    got = answer_likelihoods(model, processor, cache, questions, "yes")
+    got = answer_likelihoods(model, processor, cache, questions, ("yes", "no"))
     collator = ReportCollator(processor, 128)
-    for question, value in zip(questions, got, strict=True):
-        turns = [(question["question"], "yes")]
-        batch = collator([{**cache[question["volume_name"]], "turns": turns}])
-        with torch.no_grad():
-            loss = model(**batch).loss
-        assert value == pytest.approx(-loss.item() * (batch["labels"] != -100).sum().item(), rel=1e-4)
+    for question, values in zip(questions, got, strict=True):
+        for answer, value in zip(("yes", "no"), values, strict=True):
+            batch = collator([{**cache[question["volume_name"]], "turns": [(question["question"], answer)]}])
+            with torch.no_grad():
+                loss = model(**batch).loss
+            assert value == pytest.approx(-loss.item() * (batch["labels"] != -100).sum().item(), rel=1e-4)
 
 
 # The program
@@ -268,6 +269,7 @@ def test_projectors_and_nodules_from_files_to_table(base):
     record = json.loads((base / "projectors.json").read_text())
     for of_seeds in record["result"].values():
         assert all(0 <= scores["presence_auroc"] <= 1 and scores["answer_loss"] > 0 for scores in of_seeds)
+        assert all(0 <= scores["other_scan_auroc"] <= 1 for scores in of_seeds)
     assert len(list((base / "runs").glob("stage3_*"))) == 4
 
 

@@ -19,7 +19,7 @@ from modeling_hsenet import HSENetCLIPModel, HSENetVisionModel
 from processing_hsenet import HSENetImageProcessor, HSENetProcessor
 
 
-ALL = "mean of the findings"
+ALL, LESS = "mean of the findings", "trained less this"
 NUM_UNTRAINED = 5
 
 
@@ -29,8 +29,10 @@ def alignment(folders: list[Path], settings: dict[str, Any], min_share: float) -
 
     The AUROC is taken within a scan, then averaged over the scans that show the finding, with a bootstrap interval
     over patients. The scores: `trained` (mean of the seeds), `untrained` (mean of fresh scorers on stage 1's patch
-    embedding, each of which looks somewhere by chance), `intensity` (how far a patch's mean lies from that of the same
-    patch in all scans), `random`.
+    embedding, each of which looks somewhere by chance), `place` (what the trained scorer says of the same patch in the
+    other scans: knowing where findings tend to be, without this scan), `intensity` (how far a patch's mean lies from
+    that of the same patch in all scans), `random`. The last row is the difference of the means, patients resampled in
+    pairs.
 
     Args:
         folders: of trained stages 2 guided by slices, one a seed.
@@ -44,6 +46,7 @@ def alignment(folders: list[Path], settings: dict[str, Any], min_share: float) -
     systems["untrained"] = [untrained_encoder(trained[0], settings["stage1"], seed) for seed in range(NUM_UNTRAINED)]
     scores = {name: patch_scores(encoders, VolumeRows(rows, cache)) for name, encoders in systems.items()}
     patches = mean_of_patches(VolumeRows(rows, cache), trained[0].config.vision_config.patch_size)
+    scores["place"] = [(seed.sum(axis=0) - seed) / (len(seed) - 1) for seed in scores["trained"]]
     scores["intensity"] = [(patches - patches.mean(axis=0)).abs().numpy()]
     scores["random"] = [np.random.default_rng(0).random(patches.shape)]
     root = dataset_root(settings["dataset"])[0]
@@ -95,13 +98,14 @@ def summarise(
 ) -> dict[str, dict[str, Interval]]:
     """
     Args:
-        scores: name -> of each seed `(num_scans, *grid)`; the AUROC is the mean of the seeds.
+        scores: name (one is `trained`) -> of each seed `(num_scans, *grid)`; the AUROC is the mean of the seeds.
         found: of each scan, finding -> which patches show it.
     """
     names = sorted(set(patients))
     weights = weighted_bootstrap(len(names))[:, [names.index(name) for name in patients]]  # (resamples, num_scans)
     labels = [label for label in CT_RATE_LABELS if any(label in shown for shown in found)]
-    summary: dict[str, dict[str, Interval]] = {label: {} for label in (*labels, ALL)}
+    summary: dict[str, dict[str, Interval]] = {label: {} for label in (*labels, ALL, LESS)}
+    means: dict[str, tuple[float, np.ndarray]] = {}
     for name, of_seeds in scores.items():
         values, resamples = [], []
         for label in labels:
@@ -112,7 +116,11 @@ def summarise(
                 resamples.append(drawn @ np.array(aurocs) / drawn.sum(axis=1))
             values.append(np.mean(aurocs))
             summary[label][name] = percentile_interval(values[-1], resamples[-1])
-        summary[ALL][name] = percentile_interval(np.mean(values), np.nanmean(resamples, axis=0))
+        means[name] = (float(np.mean(values)), np.nanmean(resamples, axis=0))
+        summary[ALL][name] = percentile_interval(*means[name])
+    value, resampled = means["trained"]
+    for name, (other, other_resampled) in means.items():
+        summary[LESS][name] = percentile_interval(value - other, resampled - other_resampled)
     return summary
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
 """The scores of one trained arm on the test split: retrieval for stage 2, presence questions for stage 3."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hsenet.collators import ContrastiveCollator, ReportCollator
 from hsenet.data import VolumeRows, load_rows, one_per_study, report_text
 from hsenet.evaluation import embed, guided_similarity
 from hsenet.metrics.retrieval import similarity_metrics
+from hsenet.scoring.volumes import shuffled_rows
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
 from processing_hsenet import HSENetProcessor
@@ -72,7 +74,8 @@ def presence_scores(folder: Path, settings: dict[str, Any]) -> dict[str, float]:
     How well the model tells yes from no in the presence questions of the test split, without writing a word.
 
     A question's score is the log-likelihood of "yes" less that of "no". `presence_auroc` is the mean over findings of
-    the AUROC among the questions of that finding, so that knowing which findings are common is worth nothing;
+    the AUROC among the questions of that finding, so that knowing which findings are common is worth nothing.
+    `other_scan_auroc` is the same with another patient's scan: what the wording of the questions tells.
     `answer_loss` is the mean negative log-likelihood of the true answer.
 
     Args:
@@ -85,31 +88,48 @@ def presence_scores(folder: Path, settings: dict[str, Any]) -> dict[str, float]:
     cache = cache_volumes(
         questions, processor.image_processor, model.slice_encoder, settings["cache_dir"], Accelerator(cpu=True)
     )
-    likelihood = {answer: answer_likelihoods(model, processor, cache, questions, answer) for answer in ("yes", "no")}
     truth = np.array([question["answer"] == "yes" for question in questions])
-    margin = likelihood["yes"] - likelihood["no"]
+    own = answer_likelihoods(model, processor, cache, questions, ("yes", "no"))
+    other = answer_likelihoods(model, processor, cache, shuffled_rows(questions, seed=0), ("yes", "no"))
+    return {
+        "presence_auroc": _mean_auroc(questions, truth, own[:, 0] - own[:, 1]),
+        "other_scan_auroc": _mean_auroc(questions, truth, other[:, 0] - other[:, 1]),
+        "answer_loss": float(-np.where(truth, own[:, 0], own[:, 1]).mean()),
+    }
+
+
+def _mean_auroc(questions: list[dict[str, Any]], truth: np.ndarray, scores: np.ndarray) -> float:
+    """The mean over findings that have both answers."""
     labels = np.array([question["label"] for question in questions])
-    aurocs = [
-        roc_auc_score(truth[labels == label], margin[labels == label])
-        for label in sorted(set(labels))
-        if len(set(truth[labels == label])) == 2
-    ]
-    loss = -np.where(truth, likelihood["yes"], likelihood["no"]).mean()
-    return {"presence_auroc": float(np.mean(aurocs)), "answer_loss": float(loss)}
+    of_findings = [labels == label for label in sorted(set(labels))]
+    aurocs = [roc_auc_score(truth[rows], scores[rows]) for rows in of_findings if len(set(truth[rows])) == 2]
+    return float(np.mean(aurocs))
 
 
 @torch.no_grad()
-def answer_likelihoods(model, processor: HSENetProcessor, cache, questions: list[dict], answer: str) -> np.ndarray:
-    """Log-likelihood of `answer` to each question, end token included; a volume's questions share its tokens."""
+def answer_likelihoods(
+    model: HSENetForConditionalGeneration,
+    processor: HSENetProcessor,
+    cache: Any,
+    questions: list[dict[str, Any]],
+    answers: Sequence[str],
+) -> np.ndarray:
+    """Log-likelihood of each answer to each question, end token included, `(num_questions, num_answers)`.
+
+    All questions and answers of a volume share its tokens in one row, as in training.
+    """
     collator = ReportCollator(processor, MAX_LENGTH)
     numbers: dict[str, list[int]] = {}
     for number, question in enumerate(questions):
         numbers.setdefault(question["volume_name"], []).append(number)
     rows = [
-        {"volume_name": name, "turns": [(questions[number]["question"], answer) for number in asked]}
+        {
+            "volume_name": name,
+            "turns": [(questions[number]["question"], answer) for number in asked for answer in answers],
+        }
         for name, asked in numbers.items()
     ]
-    likelihoods = np.zeros(len(questions))
+    likelihoods = np.zeros((len(questions), len(answers)))
     for examples in DataLoader(VolumeRows(rows, cache), BATCH_SIZE, collate_fn=list):
         batch = collator(examples)
         labels = batch.pop("labels")[:, 1:]
@@ -118,6 +138,6 @@ def answer_likelihoods(model, processor: HSENetProcessor, cache, questions: list
         for example, values, targets in zip(examples, chosen, labels, strict=True):
             turns = torch.tensor(collator.tokenize(example).turns[1:])
             counted = values[: len(turns)] * (targets[: len(turns)] != -100)
-            for turn, number in enumerate(numbers[example["volume_name"]], start=1):
-                likelihoods[number] = counted[turns == turn].sum().item()
+            of_turns = [counted[turns == turn].sum().item() for turn in range(1, 1 + len(example["turns"]))]
+            likelihoods[numbers[example["volume_name"]]] = np.reshape(of_turns, (-1, len(answers)))
     return likelihoods
