@@ -1,90 +1,32 @@
-"""What the three training programs share: arguments, the loop, checkpoints that resume, and logging."""
+"""The loop that the training programs share: steps, evaluation, checkpoints, and going on where a run ended."""
 
-import json
 import os
-import shutil
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, broadcast_object_list
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import HfArgumentParser, get_scheduler
+from transformers import get_scheduler
 
-from hsenet.augmentation import AugmentationArguments
+from hsenet.arguments import TrainingArguments
+from hsenet.checkpoints import Checkpoints
+from hsenet.continuation import describe_other_layout, kept_settings, refuse_other_run
 from hsenet.data import VolumeRows
+from hsenet.interruption import Interrupted, Interruption, leave_signals_to_parent
+from hsenet.progress import Progress
+from hsenet.run_record import RunLog, begin_record, data_fingerprint, publishable, write_curves
+from hsenet.training_card import write_card
 
 
-@dataclass
-class DataArguments(AugmentationArguments):
-    dataset: str = field(default="", metadata={"help": "Dataset folder or Hub id with `reports` (and `vqa`) rows."})
-    train_split: str = field(default="train")
-    eval_split: str = field(default="validation", metadata={"help": "Never the split of the final evaluation."})
-    max_train_rows: int | None = field(default=None, metadata={"help": "Use only the first rows."})
-    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows while training."})
-    max_length: int = field(default=512, metadata={"help": "Longest text (stage 3: prompt and answer) in tokens."})
-    report_fields: list[str] = field(default_factory=lambda: ["findings", "impression"])
-    question_types: list[str] = field(
-        default_factory=list, metadata={"help": "Stage 3: only questions of these types; empty: all."}
-    )
-    cache_dir: str = field(default="outputs/cache", metadata={"help": "Where preprocessed volumes are kept."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that read scans while the cache is built."})
-    max_failures: int = field(default=0, metadata={"help": "How many unreadable volumes may be left out."})
-    cache_only: bool = field(default=False, metadata={"help": "Build the cache and end."})
-    loader_workers: int = field(default=0, metadata={"help": "Processes that load batches while training."})
-
-
-@dataclass
-class TrainingArguments:
-    output_dir: str = field(default="", metadata={"help": "The trained model and the run's checkpoints go here."})
-    seed: int = field(default=42)
-    learning_rate: float = field(default=1e-4)
-    weight_decay: float = field(default=0.1)
-    adam_beta2: float = field(default=0.999)
-    max_grad_norm: float = field(default=1.0)
-    warmup_ratio: float = field(default=0.03, metadata={"help": "Share of the steps with a rising learning rate."})
-    num_train_epochs: int = field(default=1)
-    max_steps: int = field(default=-1, metadata={"help": "Stop after so many steps; -1: after all epochs."})
-    batch_size: int = field(default=3, metadata={"help": "Rows of one process in one forward pass."})
-    gradient_accumulation_steps: int = field(default=1)
-    gradient_checkpointing: bool = field(default=False)
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
-    logging_steps: int = field(default=10)
-    eval_steps: int = field(default=-1, metadata={"help": "Evaluate every so many steps; -1: only at the end."})
-    save_steps: int = field(default=-1, metadata={"help": "Write a checkpoint every so many steps; -1: none."})
-    save_total_limit: int = field(default=2)
-    resume: bool = field(default=True, metadata={"help": "Continue from the newest checkpoint in output_dir."})
-    report_to: list[str] = field(default_factory=list, metadata={"help": "tensorboard, wandb, ..."})
-
-
-def parse_arguments(*dataclasses: type, argv: list[str] | None = None) -> tuple:
-    """Dataclasses from `--config file.yaml`, whose values become defaults, and from the command line, which wins."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    settings = {}
-    if "--config" in argv:
-        position = argv.index("--config")
-        settings = yaml.safe_load(Path(argv[position + 1]).read_text())
-        del argv[position : position + 2]
-    parser = HfArgumentParser(dataclasses)
-    known = {action.dest for action in parser._actions}
-    if unknown := sorted(set(settings) - known):
-        raise ValueError(f"Unknown settings in the configuration file: {', '.join(unknown)}.")
-    parser.set_defaults(**settings)
-    for action in parser._actions:
-        if action.type is dict:  # on the command line a dictionary is JSON
-            action.type = json.loads
-    parsed = parser.parse_args_into_dataclasses(argv)
-    for name, value in ((name, value) for group in parsed for name, value in vars(group).items()):
-        if value == "":  # the default of what every run has to say
-            raise ValueError(f"--{name} is missing: give it on the command line or in the configuration file.")
-    return parsed
+ComputeLoss = Callable[[nn.Module, dict, int], tuple[torch.Tensor, dict[str, float]]]
+Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
@@ -93,7 +35,7 @@ def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
         cpu=not torch.accelerator.is_available(),
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed),
         # Rank 0 evaluates, and a slow rank caches scans, while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         log_with=arguments.report_to or None,
@@ -103,16 +45,18 @@ def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
     if accelerator.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched, but each would train alone: check the launcher.")
     torch.manual_seed(arguments.seed)
+    given = {name: value for name, value in asdict(arguments).items() if name != "settings"}
+    arguments.settings = publishable({**given, **settings, "num_processes": accelerator.num_processes})
     if accelerator.is_main_process:
         Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
-        resolved = {**asdict(arguments), **settings, "num_processes": accelerator.num_processes}
-        (Path(arguments.output_dir) / "run_config.yaml").write_text(yaml.safe_dump(resolved))
-        accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}, settings: {resolved}")
+        accelerator.print(
+            f"{accelerator.num_processes} process(es) on {accelerator.device}, settings: {arguments.settings}"
+        )
     accelerator.init_trackers(Path(arguments.output_dir).name)
     return accelerator
 
 
-def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay for matrices only: not for biases, norms and the temperature."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
@@ -121,7 +65,7 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]
     ]
 
 
-def _train_mode(model: torch.nn.Module) -> None:
+def _train_mode(model: nn.Module) -> None:
     """Training mode where something trains; frozen parts stay deterministic, without dropout."""
     model.train()
     for module in model.modules():
@@ -130,147 +74,232 @@ def _train_mode(model: torch.nn.Module) -> None:
             module.eval()
 
 
-@dataclass
-class Progress:
-    """Where the run stands; saved with every checkpoint, with what a continued run must have in common."""
-
-    settings: dict
-    step: int = 0
-
-    def state_dict(self) -> dict:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict) -> None:
-        if changed := sorted(name for name in self.settings if self.settings[name] != state["settings"].get(name)):
-            raise ValueError(
-                f"The checkpoint was written with other settings of {', '.join(changed)}: use them, or another "
-                "output_dir, or delete the checkpoints."
-            )
-        self.step = state["step"]
-
-
 def train(
     accelerator: Accelerator,
-    model: torch.nn.Module,
+    model: nn.Module,
     loader: DataLoader,
-    compute_loss: Callable[[torch.nn.Module, dict, int], tuple[torch.Tensor, dict[str, float]]],
-    evaluate: Callable[[torch.nn.Module], dict[str, float]],
+    compute_loss: ComputeLoss,
+    evaluate: Evaluate,
     arguments: TrainingArguments,
-) -> torch.nn.Module:
+    frozen: Sequence[nn.Module] = (),
+) -> nn.Module:
     """
     Trains the parameters that require a gradient and returns the unwrapped model.
+
+    A run that was interrupted continues from its newest whole checkpoint. On the same number of processes it becomes
+    what it would have become undisturbed, to the bit where the device computes deterministically.
 
     Args:
         loader: of one process's batches before sharding; accelerate gives each process its own.
         compute_loss: `(model, batch, step)` to the loss and further values to log.
         evaluate: the unwrapped model to metrics; called on the main process only.
+        frozen: models that `compute_loss` uses beside `model`: a continued run has to have the same.
+
+    Raises:
+        Interrupted: all processes have saved their state after a SIGTERM or SIGINT.
+        CheckpointError: a checkpoint could not be written, or those that are there cannot be used.
     """
+    if loader.num_workers:
+        loader.worker_init_fn = leave_signals_to_parent
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, arguments.weight_decay),
         lr=arguments.learning_rate,
         betas=(0.9, arguments.adam_beta2),
     )
+    sampler = loader.sampler
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    accumulation = arguments.gradient_accumulation_steps
-    steps_per_epoch = len(loader) // accumulation
+    steps_per_epoch = len(loader) // arguments.gradient_accumulation_steps
     if steps_per_epoch == 0:
         raise ValueError(
             f"Expected at least one full batch of {arguments.batch_size} rows for each of {accelerator.num_processes} "
-            f"process(es) and {accumulation} accumulation step(s), got {len(loader.dataset)} rows: lower batch_size."
+            f"process(es) and {arguments.gradient_accumulation_steps} accumulation step(s), got {len(loader.dataset)} "
+            "rows: lower batch_size."
         )
     total = arguments.max_steps if arguments.max_steps > 0 else steps_per_epoch * arguments.num_train_epochs
-    warmup = int(total * arguments.warmup_ratio)
-    scheduler = get_scheduler("cosine", optimizer.optimizer, num_warmup_steps=warmup, num_training_steps=total)
-    fixed = ("seed", "learning_rate", "weight_decay", "adam_beta2", "warmup_ratio", "batch_size")
-    settings = {name: getattr(arguments, name) for name in (*fixed, "gradient_accumulation_steps")}
-    progress = Progress({**settings, "total_steps": total, "num_processes": accelerator.num_processes})
-    accelerator.register_for_checkpointing(scheduler, progress)
-    _resume(accelerator, arguments)
-    bar = tqdm(total=total, initial=progress.step, disable=not accelerator.is_main_process)
-    _train_mode(model)
-    while progress.step < total:
-        epoch, done = divmod(progress.step, steps_per_epoch)
-        loader.set_epoch(epoch)
-        if isinstance(loader.dataset, VolumeRows):
-            loader.dataset.set_epoch(epoch)
-        batches = accelerator.skip_first_batches(loader, done * accumulation) if done else loader
-        for number, batch in enumerate(batches):
-            # One seed a step: dropout after a resume is the dropout of the undisturbed run.
-            micro_batch = number % accumulation
-            torch.manual_seed(hash((arguments.seed, progress.step, micro_batch, accelerator.process_index)))
-            with accelerator.accumulate(model):
-                loss, values = compute_loss(model, batch, progress.step)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            if not accelerator.sync_gradients:
-                continue
-            scheduler.step()
-            progress.step += 1
-            bar.update()
-            _after_step(accelerator, model, loss, values, scheduler, progress.step, total, evaluate, arguments, bar)
-            if progress.step % steps_per_epoch == 0 or progress.step == total:
-                break
-    bar.close()
+    scheduler = get_scheduler("cosine", optimizer.optimizer, int(total * arguments.warmup_ratio), total)
+    folder = Path(arguments.output_dir) / "checkpoints"
+    with Checkpoints(accelerator, folder, arguments.save_total_limit, frozen) as checkpoints:
+        run = _Run(accelerator, arguments, checkpoints, model, optimizer, scheduler, compute_loss, evaluate, total)
+        run.resume(loader, sampler)
+        with Interruption() as interruption, run.bar:
+            while not run.has_ended:
+                run.epoch(loader, steps_per_epoch, interruption)
+        run.finish()
+    accelerator.free_memory()  # a program may train several models, one after the other
     return accelerator.unwrap_model(model)
 
 
-def _after_step(accelerator, model, loss, values, scheduler, step, total, evaluate, arguments, bar) -> None:
-    """Logs, evaluates and saves when it is their turn."""
-    if step % arguments.logging_steps == 0:
-        mean = accelerator.reduce(loss.detach(), "mean").item()
+@dataclass
+class _Run:
+    """The state of one call of [`train`]."""
+
+    accelerator: Accelerator
+    arguments: TrainingArguments
+    checkpoints: Checkpoints
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    compute_loss: ComputeLoss
+    evaluate: Evaluate
+    total: int
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.progress.step >= self.total or self.progress.is_exhausted(self.arguments)
+
+    def resume(self, loader: DataLoader, sampler: Any) -> None:
+        """From the newest whole checkpoint, if there is one; begins the run's record."""
+        data = data_fingerprint(loader.dataset) if self.accelerator.is_main_process else {}
+        self.settings = kept_settings(self.arguments, self.total, self.accelerator.num_processes, sampler, data)
+        path, state = self._on_main(self._newest)
+        if path is not None:
+            self.checkpoints.load(path)
+            self.accelerator.step = 0  # counts micro-batches; a checkpoint lies between two steps
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.progress = Progress(**state["progress"])
+            difference = describe_other_layout(state["settings"], self.settings)
+            self.accelerator.print(f"Resumed from {path.name}.{difference}")
+        if self.accelerator.is_main_process:
+            begin_record(self.arguments, self.progress.step, self.accelerator, data)
+            self.log = RunLog(self.arguments.output_dir, self.progress.step)
+        self.bar = tqdm(
+            total=self.total, initial=self.progress.step, disable=not self.accelerator.is_local_main_process
+        )
+
+    def _newest(self) -> tuple[Path | None, dict[str, Any]]:
+        self.checkpoints.remove_unfinished()
+        if not self.arguments.resume:
+            if self.checkpoints.all():
+                raise ValueError(
+                    "output_dir holds checkpoints of another run: delete them, or take another output_dir."
+                )
+            return None, {}
+        path, state, problems = self.checkpoints.newest_whole(needs_best=self.arguments.load_best_model_at_end)
+        for problem in problems:
+            tqdm.write(f"Warning: {problem}. Continuing from an older one.")
+        if path is not None:
+            stored = {**state["settings"], "frozen_weights": state["frozen_weights"]}
+            refuse_other_run(stored, {**self.settings, "frozen_weights": self.checkpoints.frozen_hash()})
+        return path, state
+
+    def _on_main(self, work: Callable[[], Any]) -> Any:
+        """What the main process finds, on all processes; its error too."""
+        found, error = None, None
+        if self.accelerator.is_main_process:
+            try:
+                found = work()
+            except Exception as caught:
+                error = caught
+        found, failed = broadcast_object_list([found, error is not None])
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError("The main process has failed: its error is the one to read.")
+        return found
+
+    def epoch(self, loader: DataLoader, steps_per_epoch: int, interruption: Interruption) -> None:
+        """From where the run stands to the end of the epoch, or of the run."""
+        accumulation = self.arguments.gradient_accumulation_steps
+        epoch, done = divmod(self.progress.step, steps_per_epoch)
+        loader.set_epoch(epoch)
+        if isinstance(loader.dataset, VolumeRows):
+            loader.dataset.set_epoch(epoch)
+        batches = self.accelerator.skip_first_batches(loader, done * accumulation) if done else loader
+        _train_mode(self.model)
+        for number, batch in enumerate(batches):
+            loss, values = self._micro_batch(batch, number % accumulation)
+            if not self.accelerator.sync_gradients:
+                continue
+            self.scheduler.step()
+            self.progress.step += 1
+            self.bar.update()
+            self._after_step(loss, values, interruption)
+            if self.progress.step % steps_per_epoch == 0 or self.has_ended:
+                break
+
+    def _micro_batch(self, batch: dict, number: int) -> tuple[torch.Tensor, dict[str, float]]:
+        # One seed each: dropout after a resume is the dropout of the undisturbed run.
+        place = (self.arguments.seed, self.progress.step, number, self.accelerator.process_index)
+        torch.manual_seed(hash(place))
+        with self.accelerator.accumulate(self.model):
+            loss, values = self.compute_loss(self.model, batch, self.progress.step)
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.detach(), values
+
+    def _after_step(self, loss: torch.Tensor, values: dict[str, float], interruption: Interruption) -> None:
+        """Logs, evaluates and saves when it is their turn, and ends when told to."""
+        step, arguments = self.progress.step, self.arguments
+        if step % arguments.logging_steps == 0:
+            self._log_step(loss, values)
+        saves = arguments.save_steps > 0 and step % arguments.save_steps == 0
+        if step == self.total or (arguments.eval_steps > 0 and step % arguments.eval_steps == 0):
+            metrics = self._on_main(self._evaluate)
+            saves |= arguments.metric_for_best_model is not None and self.progress.take(metrics, arguments)
+            _train_mode(self.model)
+        told_to_end = interruption.agreed()
+        if saves or told_to_end:
+            self._save(loss)
+        if told_to_end:
+            self._finish_record()
+            self.accelerator.print(f"Interrupted after step {step}: saved; start again to go on.")
+            self.accelerator.end_training()
+            raise Interrupted(128 + told_to_end)
+
+    def _log_step(self, loss: torch.Tensor, values: dict[str, float]) -> None:
+        mean = self.accelerator.reduce(loss, "mean").item()
         if not torch.isfinite(torch.tensor(mean)):
-            raise FloatingPointError(f"The loss is {mean} at step {step}: lower the learning rate or check the data.")
-        logged = {"loss": mean, "learning_rate": scheduler.get_last_lr()[0], **values}
-        bar.set_postfix({name: f"{value:.3g}" for name, value in logged.items()})
-        _log(accelerator, logged, step, arguments)
-    if step == total or (arguments.eval_steps > 0 and step % arguments.eval_steps == 0):
-        if accelerator.is_main_process:
-            unwrapped = accelerator.unwrap_model(model)
-            unwrapped.eval()
-            metrics = {f"eval_{name}": value for name, value in evaluate(unwrapped).items()}
-            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-            _log(accelerator, metrics, step, arguments)
-        accelerator.wait_for_everyone()
-        _train_mode(model)
-    if arguments.save_steps > 0 and step % arguments.save_steps == 0:
-        if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {step}: no checkpoint is written over good ones."
+                f"The loss is {mean} at step {self.progress.step}: lower the learning rate or check the data."
             )
-        _save_checkpoint(accelerator, step, arguments)
+        logged = {"loss": mean, "learning_rate": self.scheduler.get_last_lr()[0], **values}
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in logged.items()})
+        self._log(logged)
 
+    def _log(self, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=self.progress.step)
+        if self.accelerator.is_main_process:
+            self.log.append(self.progress.step, values)
 
-def _log(accelerator: Accelerator, values: dict[str, float], step: int, arguments: TrainingArguments) -> None:
-    accelerator.log(values, step=step)
-    if accelerator.is_main_process:
-        with (Path(arguments.output_dir) / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+    def _evaluate(self) -> dict[str, float]:
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        unwrapped.eval()
+        metrics = self.evaluate(unwrapped)
+        tqdm.write(f"step {self.progress.step}: " + ", ".join(f"eval_{k} {v:.4f}" for k, v in metrics.items()))
+        self._log({f"eval_{name}": value for name, value in metrics.items()})
+        return metrics
 
+    def _save(self, loss: torch.Tensor) -> None:
+        if not torch.isfinite(self.accelerator.reduce(loss, "mean")):
+            raise FloatingPointError(
+                f"The loss is not finite at step {self.progress.step}: no checkpoint is written over good ones."
+            )
+        state = {
+            "settings": self.settings,
+            "scheduler": self.scheduler.state_dict(),
+            "progress": asdict(self.progress),
+        }
+        self.checkpoints.save(self.progress.step, state, self.progress.best_step)
 
-def _checkpoints(output_dir: str) -> list[Path]:
-    """Whole checkpoints, oldest first: an unfinished one has another name."""
-    return sorted(Path(output_dir).glob("checkpoints/step-*"), key=lambda path: int(path.name.split("-")[1]))
+    def finish(self) -> None:
+        if self.progress.is_exhausted(self.arguments):
+            self.accelerator.print(
+                f"Stopped early at step {self.progress.step}: {self.progress.evaluations_without_improvement} "
+                f"evaluations without a better {self.arguments.metric_for_best_model}."
+            )
+        if self.arguments.load_best_model_at_end:
+            best = self.progress.best_step
+            if best is None:
+                raise ValueError("load_best_model_at_end: no evaluation gave a number, so there is no best model.")
+            self.checkpoints.load(self.checkpoints.path(best))
+            self.accelerator.print(f"The model is that of step {best}: {self.progress.best_metric:.4f}.")
+        self._finish_record()
 
-
-def _save_checkpoint(accelerator: Accelerator, step: int, arguments: TrainingArguments) -> None:
-    folder = Path(arguments.output_dir) / "checkpoints"
-    unfinished, finished = folder / f"unfinished-{step}", folder / f"step-{step}"
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if finished.exists():
-            shutil.rmtree(finished)
-        unfinished.rename(finished)
-        for old in _checkpoints(arguments.output_dir)[: -arguments.save_total_limit]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def _resume(accelerator: Accelerator, arguments: TrainingArguments) -> None:
-    checkpoints = _checkpoints(arguments.output_dir)
-    if arguments.resume and checkpoints:
-        accelerator.load_state(str(checkpoints[-1]))
-        accelerator.print(f"Resumed from {checkpoints[-1].name}.")
+    def _finish_record(self) -> None:
+        if self.accelerator.is_main_process:
+            write_curves(self.arguments.output_dir)
+            write_card(self.arguments.output_dir)

@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from hsenet.arguments import parse_arguments
 from hsenet.collators import ContrastiveCollator
 from hsenet.digests import digest, model_digest
 from hsenet.metrics.labellers import ClassifierLabeller, RuleLabeller
@@ -38,7 +39,6 @@ from hsenet.scoring.rows import EvaluationRows, load_evaluation_rows, patient_of
 from hsenet.scoring.tallies import ReportTask, question_tallies
 from hsenet.scoring.volumes import BlankVolumes, shuffled_rows
 from hsenet.scoring.work import Generation, answers_to, embeddings_of
-from hsenet.training import parse_arguments
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
 from processing_hsenet import HSENetProcessor

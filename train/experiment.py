@@ -25,11 +25,11 @@ from typing import Any
 
 import yaml
 
+from hsenet.arguments import parse_arguments
 from hsenet.experiments.alignment import alignment
 from hsenet.experiments.nodules import nodule_auroc
 from hsenet.experiments.scores import presence_scores, retrieval_scores
 from hsenet.experiments.tables import alignment_table, arms_table, experiment_record, nodule_table
-from hsenet.training import parse_arguments
 
 
 ROOT = Path(__file__).parent

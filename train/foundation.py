@@ -15,8 +15,9 @@ With real weights at hand none of this is needed: give their names to the three 
 
 import random
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -32,9 +33,10 @@ from transformers import (
 )
 
 from configuration_hsenet import HSENetVisionConfig
+from hsenet.arguments import DataArguments, TrainingArguments, parse_arguments
 from hsenet.data import REPORT_PROMPTS, SimilarLengthSampler, load_rows, one_per_study, report_text
 from hsenet.losses import global_similarity, image_text_contrastive_loss
-from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
+from hsenet.training import start, train
 from modeling_hsenet import HSENetVisionModel
 from processing_hsenet import HSENetImageProcessor
 from reading_hsenet import read_volume
@@ -56,6 +58,13 @@ class ModelArguments:
     report_repeats: int = field(
         default=3, metadata={"help": "How often the language model gets a report for each time it gets a question."}
     )
+
+
+def part_of_run(training: TrainingArguments, name: str, **changes: Any) -> TrainingArguments:
+    """The settings of one of the three trainings, which has a folder, a log and checkpoints of its own."""
+    part = replace(training, output_dir=str(Path(training.output_dir) / name), **changes)
+    part.settings = {**training.settings, "output_dir": name, **changes}
+    return part
 
 
 def wordpiece_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -112,10 +121,10 @@ def train_text_encoder(
         return image_text_contrastive_loss(similarity, temperature.to(run.device)), {}
 
     loader = DataLoader(rows, training.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
-    training.max_steps = arguments.text_steps
-    model = train(run, FindingsMatcher(config), loader, compute_loss, lambda model: {}, training)
-    model.encoder.save_pretrained(Path(training.output_dir) / "text_encoder")
-    tokenizer.save_pretrained(Path(training.output_dir) / "text_encoder")
+    part = part_of_run(training, "text_encoder", max_steps=arguments.text_steps)
+    model = train(run, FindingsMatcher(config), loader, compute_loss, lambda model: {}, part)
+    model.encoder.save_pretrained(part.output_dir)
+    tokenizer.save_pretrained(part.output_dir)
 
 
 class SliceLabeller(nn.Module):
@@ -152,10 +161,10 @@ def train_slice_encoder(
     loader = DataLoader(
         rows, batch_size, shuffle=True, drop_last=True, collate_fn=collate, num_workers=data.num_workers
     )
-    training.max_steps = arguments.slice_steps
+    part = part_of_run(training, "slice_encoder", max_steps=arguments.slice_steps, batch_size=batch_size)
     model = SliceLabeller(config, num_labels=len(rows[0]["labels"]))
-    model = train(run, model, loader, compute_loss, lambda model: {}, training)
-    model.encoder.save_pretrained(Path(training.output_dir) / "slice_encoder")
+    model = train(run, model, loader, compute_loss, lambda model: {}, part)
+    model.encoder.save_pretrained(part.output_dir)
 
 
 @dataclass
@@ -225,11 +234,11 @@ def train_language_model(
     batch_size = arguments.language_batch_size
     sampler = SimilarLengthSampler([len(row.answer) for row in rows], batch_size, training.seed)
     loader = DataLoader(rows, batch_size, sampler=sampler, drop_last=True, collate_fn=collate)
-    training.max_steps = arguments.language_steps
-    training.learning_rate = arguments.language_learning_rate
-    model = train(run, Phi3ForCausalLM(config), loader, _language_loss, lambda model: {}, training)
-    model.save_pretrained(Path(training.output_dir) / "language_model")
-    tokenizer.save_pretrained(Path(training.output_dir) / "language_model")
+    changes = {"max_steps": arguments.language_steps, "learning_rate": arguments.language_learning_rate}
+    part = part_of_run(training, "language_model", batch_size=batch_size, **changes)
+    model = train(run, Phi3ForCausalLM(config), loader, _language_loss, lambda model: {}, part)
+    model.save_pretrained(part.output_dir)
+    tokenizer.save_pretrained(part.output_dir)
 
 
 def _language_loss(model: nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:
@@ -238,8 +247,8 @@ def _language_loss(model: nn.Module, batch: dict, step: int) -> tuple[torch.Tens
 
 def main(model_arguments: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
     accelerator = start(training, model=asdict(model_arguments), data=asdict(data))
-    if accelerator.num_processes > 1 or training.save_steps > 0:
-        raise ValueError("The stand-ins are small: train them in one process, without checkpoints (save_steps: -1).")
+    if accelerator.num_processes > 1:
+        raise ValueError("The stand-ins are small: train them in one process.")
     reports = load_rows(data.dataset, "reports", data.train_split, data.max_train_rows)
     questions = load_rows(data.dataset, "vqa", data.train_split, data.max_train_rows)
     fields = tuple(data.report_fields)

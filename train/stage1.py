@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from configuration_hsenet import HSENetCLIPConfig
+from hsenet.arguments import DataArguments, TrainingArguments, parse_arguments
 from hsenet.augmentation import VolumeAugmentation
 from hsenet.collators import ContrastiveCollator
 from hsenet.contrastive import ContrastiveArguments, ContrastiveObjective
 from hsenet.data import VolumeRows, add_report_texts, load_rows, one_per_study
 from hsenet.evaluation import evaluate_retrieval
 from hsenet.report_augmentation import ReportAugmentation
-from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
+from hsenet.training import start, train
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel
 from processing_hsenet import HSENetImageProcessor, HSENetProcessor

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from configuration_hsenet import HSENetCLIPConfig
+from hsenet.arguments import DataArguments, TrainingArguments, parse_arguments
 from hsenet.augmentation import VolumeAugmentation
 from hsenet.collators import ContrastiveCollator
 from hsenet.contrastive import Anchor, ConsistencyArguments, ContrastiveArguments, ContrastiveObjective
@@ -22,7 +23,7 @@ from hsenet.data import VolumeRows, add_report_texts, load_rows, one_per_study
 from hsenet.evaluation import evaluate_retrieval
 from hsenet.frozen_features import ComputedEmbeddings, anchor_embeddings
 from hsenet.report_augmentation import ReportAugmentation
-from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
+from hsenet.training import start, train
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel, HSENetVisionModel
 from processing_hsenet import HSENetImageProcessor, HSENetProcessor
@@ -168,7 +169,7 @@ def main(
     def evaluate(model: HSENetCLIPModel) -> dict[str, float]:
         return evaluate_retrieval(model, VolumeRows(eval_rows, cache), collator, training.batch_size)
 
-    model = train(accelerator, model, loader, objective, evaluate, training)
+    model = train(accelerator, model, loader, objective, evaluate, training, frozen=[anchor])
     if accelerator.is_main_process:
         model.save_pretrained(training.output_dir)
         HSENetProcessor(image_processor, tokenizer).save_pretrained(training.output_dir)

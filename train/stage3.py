@@ -20,13 +20,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_hsenet import HSENetConfig
 from hsenet.adapters import lora_config
+from hsenet.arguments import DataArguments, TrainingArguments, parse_arguments
 from hsenet.augmentation import VolumeAugmentation
 from hsenet.collators import ReportCollator
 from hsenet.data import SimilarLengthSampler, VolumeRows, generation_rows, load_rows
 from hsenet.evaluation import evaluate_language_loss
 from hsenet.frozen_features import cache_patch_features
 from hsenet.language_model import LanguageModelArguments, load_language_model
-from hsenet.training import DataArguments, TrainingArguments, parse_arguments, start, train
+from hsenet.training import start, train
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
 from processing_hsenet import HSENetProcessor
