@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +29,7 @@ TINY_VISION = {
 }
 TINY_SLICES = {**TINY_VISION, "image_size": [1, 32, 32], "patch_size": [1, 16, 16], "num_channels": 3}
 TINY_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+PLANTED = "jane-doe"  # in every local path that the programs get to know
 COMMON = {"max_length": 320, "batch_size": 2, "logging_steps": 1, "learning_rate": 1e-3}
 
 
@@ -38,20 +43,23 @@ def run(command: list[str], **environment: str) -> str:
     return done.stdout + done.stderr
 
 
-def launch(script: str, settings: dict, folder: Path, processes: int = 1, *overrides: str) -> str:
+def command_for(script: str, settings: dict, folder: Path, processes: int = 1, *overrides: str) -> list[str]:
     config = folder / f"{script}_{len(list(folder.glob('*.yaml')))}.yaml"
     config.write_text(yaml.safe_dump({**COMMON, **settings}))
     # `accelerate launch --cpu --num_processes 2` would silently start one process.
     several = ["--multi_gpu"] if processes > 1 else []
     port = ["--main_process_port", "29622"] if processes > 1 else []
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *several, *port]
-    command += [str(ROOT / "train" / f"{script}.py"), "--config", str(config), *overrides]
-    return run(command, ACCELERATE_USE_CPU="true")
+    return [*command, str(ROOT / "train" / f"{script}.py"), "--config", str(config), *overrides]
+
+
+def launch(script: str, settings: dict, folder: Path, processes: int = 1, *overrides: str) -> str:
+    return run(command_for(script, settings, folder, processes, *overrides), ACCELERATE_USE_CPU="true")
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("training")
+    folder = tmp_path_factory.mktemp(PLANTED)
     build = [str(ROOT / "datasets_scripts" / "build_phantom.py"), "--output", str(folder / "phantoms")]
     sizes = ["--train-studies", "8", "--validation-studies", "3", "--test-studies", "4", "--workers", "1"]
     run([sys.executable, *build, *sizes, "--spacing", "7.5", "7.5", "8"])
@@ -161,6 +169,45 @@ def test_resumed_run_is_the_undisturbed_run(stage, workspace, request):
     assert losses(resumed) == {3: losses(undisturbed)[3]}
     ours, theirs = load_file(resumed / "model.safetensors"), load_file(undisturbed / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_sigterm_ends_launched_processes_and_the_next_start_goes_on(workspace, foundation, tmp_path):
+    """As a scheduler does: to the whole process group, while two processes train with loader workers."""
+    settings = stage_settings("stage1", workspace, "told_to_end")
+    settings |= {"max_steps": 10_000, "save_steps": -1, "loader_workers": 1}
+    log, checkpoints = workspace / "told_to_end" / "log.jsonl", workspace / "told_to_end" / "checkpoints"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    saved = []
+    for start in range(2):
+        with (tmp_path / f"{start}.txt").open("w") as output:
+            command = command_for("stage1", settings, workspace, 2)
+            streams = {"stdout": output, "stderr": output, "env": environment, "cwd": tmp_path}
+            process = subprocess.Popen(command, start_new_session=True, **streams)
+        deadline = time.monotonic() + 120
+        while not (log.exists() and len(losses(log.parent)) >= (saved or [0])[-1] + 2):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / f"{start}.txt").read_text()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(120) != 0
+        printed = (tmp_path / f"{start}.txt").read_text()
+        saved.append(int(re.search(r"Interrupted after step (\d+): saved", printed)[1]))
+        assert f"step-{saved[-1]}" in {path.name for path in checkpoints.iterdir()}
+    assert f"Resumed from step-{saved[0]}" in printed and saved[1] > saved[0]
+    assert list(losses(log.parent)) == list(range(1, saved[1] + 1))
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
+def test_nothing_local_is_in_an_output_directory(stage, request):
+    """No path and no host: model, adapter, card, record and checkpoints can go anywhere."""
+    folder = request.getfixturevalue(stage)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"README.md", "run_config.yaml", "environment.json", "data.json", "curves.png"} <= {f.name for f in files}
+    for path in files:
+        content = path.read_bytes()
+        assert not [name for name in (PLANTED, str(ROOT)) if name.encode() in content], path.relative_to(folder)
+    host = re.compile(rb"\b" + re.escape(socket.gethostname()).encode() + rb"\b")  # may be short: as a word, in text
+    for name in ("README.md", "run_config.yaml", "environment.json", "data.json", "log.jsonl"):
+        assert not host.search((folder / name).read_bytes()), name
 
 
 def test_checkpoint_of_other_settings_is_refused(stage1, workspace):
