@@ -33,6 +33,7 @@ CANONICAL_AXES = ((2, 1), (1, -1), (0, -1))  # D, H, W as (world axis of RAS, di
 # What CT in HU looks like. Thresholds are wide: they catch scans rescaled twice or never, 8-bit and MR images.
 HU_SAMPLE = 2**17
 LOW_PERCENTILE_HU = (-3100.0, -500.0)  # there is air in every scan, and padding ends at -3024
+MIN_PADDING = 0.01
 SOFT_TISSUE_HU, MIN_SOFT_TISSUE = (-150.0, 250.0), 0.01
 BELOW_AIR_HU, MAX_BELOW_AIR = -1100.0, 0.6
 MAX_HU = 40000.0
@@ -445,15 +446,19 @@ def _implausibility(array: np.ndarray, high: float) -> str | None:
     sample = flat
     if array.size > HU_SAMPLE:
         sample = flat[np.random.default_rng(0).integers(array.size, size=HU_SAMPLE)]
-    low_percentile = float(np.percentile(sample, 0.5))
+    values, counts = np.unique(sample, return_counts=True)
+    # The lowest value may fill what lies outside of the reconstruction. It shows no air: padding of -2048 that nobody
+    # has rescaled is -1024.
+    padded = len(values) > MIN_DISTINCT and counts[0] > MIN_PADDING * sample.size
+    lowest = float(np.percentile(sample, 0.5))
+    lowest_inside = float(np.percentile(sample[sample > values[0]], 0.5)) if padded else lowest
     low, tissue_high = SOFT_TISSUE_HU
     soft = np.count_nonzero((sample >= low) & (sample <= tissue_high)) / sample.size
-    values, counts = np.unique(sample, return_counts=True)
     below = counts[values < BELOW_AIR_HU]
     padding = below.max(initial=0)  # one value may fill what lies outside of the reconstruction
     below_air = (below.sum() - padding) / max(sample.size - padding, 1)
-    found = f"{low_percentile:.0f} at the 0.5th percentile"
-    if not LOW_PERCENTILE_HU[0] <= low_percentile <= LOW_PERCENTILE_HU[1]:
+    if lowest < LOW_PERCENTILE_HU[0] or lowest_inside > LOW_PERCENTILE_HU[1]:
+        found = f"{lowest_inside if lowest >= LOW_PERCENTILE_HU[0] else lowest:.0f} at the 0.5th percentile"
         return f"expected {LOW_PERCENTILE_HU[0]:.0f} to {LOW_PERCENTILE_HU[1]:.0f} (air), got {found}"
     if soft < MIN_SOFT_TISSUE:
         return f"expected {MIN_SOFT_TISSUE:.0%} or more from {low:.0f} to {tissue_high:.0f}, got {soft:.2%}"

@@ -367,6 +367,16 @@ def test_values_that_are_not_hounsfield_units(values, words):
     np.testing.assert_array_equal(volume.array, array.astype(np.float32))
 
 
+@pytest.mark.parametrize("intercept", [-1024, -8192])
+@pytest.mark.parametrize("padding", [-1024, -2048, -3024])
+def test_padding_does_not_pass_for_air(padding, intercept):
+    """Stored values of a scan whose padding, never rescaled, lies where air should."""
+    hu = chest()
+    hu[:, :, :5] = padding
+    with pytest.raises(ImplausibleHounsfieldError, match="air"):
+        read_volume(hu - intercept, spacing=SPACING)
+
+
 @pytest.mark.parametrize("padding", [-1024, -2000, -2048, -3024])
 def test_padding_and_metal_are_plausible(padding):
     hu = chest()
