@@ -382,6 +382,10 @@ class HSENetCLIPModel(HSENetSliceGuidedModel):
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Of words, which FSDP2 shards apart."""
+        return self.text_model.get_input_embeddings()
+
     @can_return_tuple
     def get_image_features(
         self,

@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import get_scheduler
 
+from hsenet.accumulation import with_num_items
 from hsenet.arguments import TrainingArguments
 from hsenet.checkpoints import Checkpoints
 from hsenet.continuation import describe_other_layout, kept_settings, refuse_other_run
@@ -22,6 +28,7 @@ from hsenet.data import VolumeRows
 from hsenet.interruption import Interrupted, Interruption, leave_signals_to_parent
 from hsenet.progress import Progress
 from hsenet.run_record import RunLog, begin_record, data_fingerprint, publishable, write_curves
+from hsenet.sharding import WholeModel
 from hsenet.training_card import write_card
 
 
@@ -34,7 +41,10 @@ def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        # A step's batches are read ahead: the loader's end must not end it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=arguments.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed),
         # Rank 0 evaluates, and a slow rank caches scans, while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
@@ -56,12 +66,14 @@ def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
     return accelerator
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay for matrices only: not for biases, norms and the temperature."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+        # Apart: FSDP2 shards all but scalars, and an optimiser takes a group's parameters together.
+        {"params": [p for p in trained if p.ndim == 0], "weight_decay": 0.0},
     ]
 
 
@@ -84,7 +96,8 @@ def train(
     frozen: Sequence[nn.Module] = (),
 ) -> nn.Module:
     """
-    Trains the parameters that require a gradient and returns the unwrapped model.
+    Trains the parameters that require a gradient and returns the unwrapped model; one that is sharded, on the main
+    process alone.
 
     A run that was interrupted continues from its newest whole checkpoint. On the same number of processes it becomes
     what it would have become undisturbed, to the bit where the device computes deterministically.
@@ -101,8 +114,9 @@ def train(
     """
     if loader.num_workers:
         loader.worker_init_fn = leave_signals_to_parent
+    whole = WholeModel(accelerator, model)
     optimizer = torch.optim.AdamW(
-        _parameter_groups(model, arguments.weight_decay),
+        parameter_groups(model, arguments.weight_decay),
         lr=arguments.learning_rate,
         betas=(0.9, arguments.adam_beta2),
     )
@@ -119,14 +133,17 @@ def train(
     scheduler = get_scheduler("cosine", optimizer.optimizer, int(total * arguments.warmup_ratio), total)
     folder = Path(arguments.output_dir) / "checkpoints"
     with Checkpoints(accelerator, folder, arguments.save_total_limit, frozen) as checkpoints:
-        run = _Run(accelerator, arguments, checkpoints, model, optimizer, scheduler, compute_loss, evaluate, total)
+        run = _Run(
+            accelerator, arguments, checkpoints, model, whole, optimizer, scheduler, compute_loss, evaluate, total
+        )
         run.resume(loader, sampler)
         with Interruption() as interruption, run.bar:
             while not run.has_ended:
                 run.epoch(loader, steps_per_epoch, interruption)
         run.finish()
+    trained = whole(model)
     accelerator.free_memory()  # a program may train several models, one after the other
-    return accelerator.unwrap_model(model)
+    return trained
 
 
 @dataclass
@@ -137,6 +154,7 @@ class _Run:
     arguments: TrainingArguments
     checkpoints: Checkpoints
     model: nn.Module
+    whole: WholeModel
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     compute_loss: ComputeLoss
@@ -207,14 +225,17 @@ class _Run:
             loader.dataset.set_epoch(epoch)
         batches = self.accelerator.skip_first_batches(loader, done * accumulation) if done else loader
         _train_mode(self.model)
-        for number, batch in enumerate(batches):
+        mean_loss = 0.0
+        for number, batch in enumerate(with_num_items(batches, self.accelerator)):
             loss, values = self._micro_batch(batch, number % accumulation)
+            mean_loss = mean_loss + loss / accumulation
             if not self.accelerator.sync_gradients:
                 continue
             self.scheduler.step()
             self.progress.step += 1
             self.bar.update()
-            self._after_step(loss, values, interruption)
+            self._after_step(mean_loss, values, interruption)
+            mean_loss = 0.0
             if self.progress.step % steps_per_epoch == 0 or self.has_ended:
                 break
 
@@ -238,7 +259,8 @@ class _Run:
             self._log_step(loss, values)
         saves = arguments.save_steps > 0 and step % arguments.save_steps == 0
         if step == self.total or (arguments.eval_steps > 0 and step % arguments.eval_steps == 0):
-            metrics = self._on_main(self._evaluate)
+            whole = self.whole(self.model)
+            metrics = self._on_main(lambda: self._evaluate(whole))
             saves |= arguments.metric_for_best_model is not None and self.progress.take(metrics, arguments)
             _train_mode(self.model)
         told_to_end = interruption.agreed()
@@ -265,10 +287,9 @@ class _Run:
         if self.accelerator.is_main_process:
             self.log.append(self.progress.step, values)
 
-    def _evaluate(self) -> dict[str, float]:
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        unwrapped.eval()
-        metrics = self.evaluate(unwrapped)
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        model.eval()
+        metrics = self.evaluate(model)
         tqdm.write(f"step {self.progress.step}: " + ", ".join(f"eval_{k} {v:.4f}" for k, v in metrics.items()))
         self._log({f"eval_{name}": value for name, value in metrics.items()})
         return metrics

@@ -1,14 +1,12 @@
 """One global batch with siblings, its loss in plain torch, and what processes of any number make of it."""
 
-import os
 from functools import cache
 from itertools import product
-from pathlib import Path
 
 import tiny
 import torch
 from accelerate import Accelerator
-from torch import multiprocessing, nn
+from torch import nn
 
 from hsenet.contrastive import Anchor, ConsistencyArguments, ContrastiveArguments, ContrastiveObjective
 from hsenet.data import add_report_texts
@@ -106,18 +104,5 @@ def run_case(accelerator: Accelerator, stage, mode, dtype, chunk_size, accumulat
     return total, gradients(accelerator.unwrap_model(clip))
 
 
-def _process(rank: int, world_size: int, port: int, cases: list[tuple], folder: str) -> None:
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == world_size
-    results = {case: run_case(accelerator, *case) for case in cases}
-    torch.save(results, Path(folder) / f"{world_size}-{rank}.pt")
-    accelerator.end_training()
-
-
-def run_processes(world_size: int, port: int, cases: list[tuple], folder: Path) -> list[dict]:
-    """What each process found, by case."""
-    multiprocessing.spawn(_process, (world_size, port, cases, str(folder)), nprocs=world_size)
-    return [torch.load(folder / f"{world_size}-{rank}.pt", weights_only=True) for rank in range(world_size)]
+def run_cases(accelerator: Accelerator, cases: list[tuple]) -> dict:
+    return {case: run_case(accelerator, *case) for case in cases}

@@ -3,6 +3,7 @@
 from itertools import product
 
 import contrastive_cases as cases
+import processes
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from hsenet.losses import global_similarity, image_text_contrastive_loss, siblin
 
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 # Rows a process: 8, 4, 2. Chunks that divide the batch, that do not, and none.
-CHUNKS = {1: (0, 2, 3), 2: (0, 1, 3), 4: (0, 1)}
+CHUNKS = {1: (0, 3), 2: (0, 3), 4: (0, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,8 @@ def expected() -> dict[tuple, tuple]:
 def test_loss_and_gradients_are_those_of_the_global_batch(world_size, expected, tmp_path):
     chosen = list(product(cases.STAGES, cases.MODES, cases.DTYPES, CHUNKS[world_size], (1,)))
     if world_size < 4:  # two accumulated batches of four rows
-        chosen += product(cases.STAGES, cases.MODES, cases.DTYPES, (0, 1), (2,))
-    for found in cases.run_processes(world_size, 29640 + world_size, chosen, tmp_path):
+        chosen += product(cases.STAGES, ("masked",), cases.DTYPES, (0, 1), (2,))
+    for found in processes.run(cases.run_cases, world_size, 29640 + world_size, tmp_path, chosen):
         for (stage, mode, dtype, chunk_size, accumulation), (loss, gradients) in found.items():
             expected_loss, expected_gradients = expected[stage, mode, dtype, accumulation]
             bound, case = BOUNDS[dtype], f"{stage}, siblings {mode}, {dtype}, chunks of {chunk_size}, {accumulation}"
