@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ from hsenet.metrics import RuleLabeller, retrieval_tally
 from hsenet.metrics.verdict import DOES_NOT_DEPEND
 from hsenet.phantom import CT_RATE_LABELS
 from hsenet.scoring.floors import age_and_sex_labels, constant_for_bleu, nearest_reports
-from hsenet.scoring.retrieval import compare_queries, save_queries
+from hsenet.scoring.output import scorer_of
+from hsenet.scoring.retrieval import compare_queries, save_queries, score_embeddings
 from hsenet.scoring.rows import patient_of
 from hsenet.scoring.tallies import ReportTask, question_tallies
 from hsenet.scoring.volumes import BlankVolumes, shuffled_rows
@@ -330,6 +332,25 @@ def test_age_and_sex_know_what_goes_with_age_and_nothing_else():
 def test_constant_and_nearest_reports():
     assert constant_for_bleu(["x y z w v", "a b c d e"], ["a b c d e", "a b c d f"], seed=0) == "a b c d e"
     assert nearest_reports(np.eye(3)[[2, 0]], np.eye(3), ["r0", "r1", "r2"]) == ["r2", "r0"]
+
+
+def test_memory_grows_with_the_volumes_not_with_their_square():
+    def peak(number: int) -> int:
+        rng = np.random.default_rng(0)
+        images = rng.normal(size=(number, 4)).astype(np.float32)
+        labels = (rng.random((number, 18)) < 0.2).tolist()
+        rows = [{"study_id": i // 2, "labels": found} for i, found in enumerate(labels)]
+        score = scorer_of([i // 4 for i in range(number)], 20, 0)
+        tracemalloc.start()
+        score_embeddings("stage1", rows, images, images + 1, score)
+        nearest_reports(images, images, ["report"] * number)
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return highest
+
+    small, large = peak(1500), peak(4500)
+    assert large < 4 * small  # three times the volumes; the square would be nine times
+    assert large < 4500**2 * 8 / 2  # and no matrix of all by all
 
 
 def test_a_batch_that_fails_leaves_no_file(tmp_path):
