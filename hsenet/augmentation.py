@@ -30,6 +30,9 @@ class AugmentationArguments:
         default=False, metadata={"help": "Stages 1 and 2: random sentence order, sentences or sections left out."}
     )
     drop_sentences: float = field(default=0.1, metadata={"help": "With rewrite_reports: chance of each sentence."})
+    whole_sentences: bool = field(
+        default=False, metadata={"help": "Stages 1 and 2: a text that is too long ends after its last whole sentence."}
+    )
     slice_features: Literal["auto", "cached", "computed"] = field(
         default="auto",
         metadata={

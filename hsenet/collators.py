@@ -1,5 +1,6 @@
 """Examples to batches. Labels are masked here and nowhere else."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,8 @@ class ContrastiveCollator:
     """
     Examples with `pixel_values`, optional slices and `text` to the inputs of [`HSENetCLIPModel`].
 
-    Texts longer than `max_length` tokens lose their end, never their order. With `rewrite`, the texts are what it
+    Texts longer than `max_length` tokens lose their end, never their order; with `whole_sentences`, from the first
+    sentence that does not fit whole. With `rewrite`, the texts are what it
     makes of the examples' reports. `with_slices=False` is for a model without slice guidance. `index` and, where
     examples have it, `sibling_ids` say which rows these are, and are not for the model.
     """
@@ -43,14 +45,18 @@ class ContrastiveCollator:
         rewrite: ReportAugmentation | None = None,
         *,
         with_slices: bool = True,
+        whole_sentences: bool = False,
     ):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.rewrite = rewrite
+        self.whole_sentences = whole_sentences
         self.tensors = VOLUME_TENSORS if with_slices else ("pixel_values",)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         texts = self.rewrite(examples) if self.rewrite is not None else [example["text"] for example in examples]
+        if self.whole_sentences:
+            texts = [first_sentences(text, self.tokenizer, self.max_length) for text in texts]
         tokens = self.tokenizer(
             texts,
             padding=True,
@@ -62,6 +68,19 @@ class ContrastiveCollator:
         names = [name for name in self.NOT_INPUTS if name in examples[0]]
         rows = {name: torch.tensor([example[name] for example in examples]) for name in names}
         return {**tokens, **_stack_volumes(examples, self.tensors), **rows}
+
+
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)")  # not in "1.5 cm"
+
+
+def first_sentences(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """The whole sentences from the start that fit in `max_length` tokens; the text as it is if not even one fits."""
+    tokens = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    end = max(last for _, last in tokens["offset_mapping"])  # of the text that fits, in characters
+    if end >= len(text.rstrip()):
+        return text
+    ends = [match.end() for match in _SENTENCE_END.finditer(text) if match.end() <= end]
+    return text[: ends[-1]] if ends else text
 
 
 @dataclass
@@ -83,15 +102,19 @@ class ReportCollator:
     rows); `labels` are -100 everywhere but on answers and end tokens. Where rows have several turns, each turn sees
     the volume and itself but no other turn, at the positions that it would have alone: the losses are those of
     separate rows, while the volume is read once.
+
+    With `seed`, a report that may be asked for by several `prompts` is asked for by one of them, which follows from
+    seed, epoch and row; without, by the one in its turn.
     """
 
-    def __init__(self, processor: HSENetProcessor, max_length: int):
+    def __init__(self, processor: HSENetProcessor, max_length: int, seed: int | None = None):
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.max_length = max_length
+        self.seed = seed
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [self.tokenize(example) for example in examples]
+        rows = [self.tokenize(self._asked(example)) for example in examples]
         length = max(len(row.input_ids) for row in rows)
         turns = _pad([row.turns for row in rows], length, -1)
         batch = {
@@ -104,6 +127,13 @@ class ReportCollator:
             batch["position_ids"] = _pad([row.position_ids for row in rows], length, 0)
             batch["attention_mask"] = _mask_of_turns(turns)
         return batch
+
+    def _asked(self, example: dict[str, Any]) -> dict[str, Any]:
+        if self.seed is None or "prompts" not in example:
+            return example
+        generator = torch.Generator().manual_seed(hash((self.seed, example["epoch"], example["index"])))
+        chosen = example["prompts"][int(torch.randint(len(example["prompts"]), (), generator=generator))]
+        return {**example, "turns": [(chosen, answer) for _, answer in example["turns"]]}
 
     def num_truncated(self, rows: list[dict[str, Any]]) -> int:
         """How many rows lose the end of an answer."""

@@ -14,7 +14,7 @@ from hsenet.augmentation import VolumeAugmentation
 from hsenet.volume_cache import VolumeCache
 
 
-# The instruction that asks for a report. The first is also used for inference, as in the paper's evaluation.
+# What asks for a report: training draws one a row and epoch, evaluation takes the first, as the paper's does.
 REPORT_PROMPTS = (
     "Can you summarize with findings the images presented?",
     "Write the report of this CT scan.",
@@ -91,18 +91,21 @@ def generation_rows(
     questions: list[dict[str, Any]],
     fields: tuple[str, ...],
     questions_per_row: int = 1,
+    prompts: Sequence[str] = REPORT_PROMPTS,
 ) -> list[dict[str, Any]]:
     """
     Report and question rows as `volume_name` and `turns`, a list of (question, answer).
 
-    Reports take the prompts in turn, one a row; up to `questions_per_row` questions of a volume share a row.
+    Reports take the first prompt, one a row, and keep all as `prompts`, of which [`ReportCollator`] may draw another;
+    up to `questions_per_row` questions of a volume share a row.
     """
     rows = [
         {
             "volume_name": row["volume_name"],
-            "turns": [(REPORT_PROMPTS[index % len(REPORT_PROMPTS)], report_text(row, fields))],
+            "turns": [(prompts[0], report_text(row, fields))],
+            "prompts": tuple(prompts),
         }
-        for index, row in enumerate(reports)
+        for row in reports
     ]
     asked: dict[str, list[tuple[str, str]]] = {}
     for row in questions:

@@ -91,8 +91,10 @@ def anchor_embeddings(
         volumes ([`VolumeCache`]): holds the volume of every row; the embeddings are kept beside its folder.
         collator ([`ContrastiveCollator`]): says how texts become tokens.
     """
-    without_slices = ContrastiveCollator(collator.tokenizer, collator.max_length, with_slices=False)
-    sha = digest([model_digest(anchor), accelerator.mixed_precision])
+    without_slices = ContrastiveCollator(
+        collator.tokenizer, collator.max_length, with_slices=False, whole_sentences=collator.whole_sentences
+    )
+    sha = digest([model_digest(anchor), accelerator.mixed_precision, collator.whole_sentences])
     folder = volumes.folder.parent / "anchors"
     with accelerator.autocast():
         embeds = embeddings_of(rows, anchor, sha, without_slices, volumes, ANCHOR_BATCH, folder, accelerator)

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from hsenet.collators import ContrastiveCollator, ReportCollator
+from hsenet.collators import ContrastiveCollator, ReportCollator, first_sentences
 from hsenet.data import add_report_texts, generation_rows
 from hsenet.losses import sibling_pairs
 from hsenet.report_augmentation import ReportAugmentation
@@ -154,3 +154,45 @@ def test_siblings_share_a_number_however_their_reports_are_rewritten():
     for collator in (ContrastiveCollator(tiny.tokenizer(), 64), ContrastiveCollator(tiny.tokenizer(), 64, rewrite)):
         ids = collator(examples)["sibling_ids"]
         assert sibling_pairs(ids).tolist() == [[False, True, True], [True, False, False], [True, False, False]]
+
+
+@pytest.mark.parametrize("max_length", range(8, 40))
+def test_long_texts_keep_their_first_whole_sentences(max_length):
+    tokenizer = tiny.tokenizer(pad_token="[PAD]")
+    sentences = ["A nodule of 12.5 mm is seen.", "No effusion!", "Is it new?", "The heart is enlarged."]
+    text = " ".join(sentences)
+    kept = first_sentences(text, tokenizer, max_length)
+    assert len(tokenizer(kept)["input_ids"]) <= max_length or kept == text
+    whole = [" ".join(sentences[:count]) for count in range(1, 5)]
+    fitting = [some for some in whole if len(tokenizer(some)["input_ids"]) <= max_length]
+    assert kept == (fitting[-1] if fitting else text)  # a first sentence that is too long is cut by tokens
+    example = {"text": text, "index": 0, "pixel_values": torch.zeros(1, 2, 2, 2)}
+    batch = ContrastiveCollator(tokenizer, max_length, whole_sentences=True)([example])
+    assert batch["input_ids"].shape[1] <= max_length
+    assert tokenizer.decode(batch["input_ids"][0]) == (
+        fitting[-1] if fitting else tokenizer.decode(tokenizer(text)["input_ids"][:max_length])
+    )
+
+
+def test_reports_are_asked_for_by_one_of_several_prompts(model, volumes):
+    prompts = ("Write the report.", "What does it show?", "Describe it.")
+    report = {"volume_name": "a", **REPORT}
+    (row,) = generation_rows([report], [], ("findings",), prompts=prompts)
+    assert row["turns"][0][0] == prompts[0]
+
+    def asked(index: int, epoch: int, seed: int | None) -> str:
+        collator = ReportCollator(tiny.processor(model), 400, seed)
+        batch = collator(
+            [
+                {**row, **examples(volumes, [(0, row["turns"])])[0], "index": index, "epoch": epoch}
+                | {"prompts": row["prompts"]}
+            ]
+        )
+        text = collator.tokenizer.decode(batch["input_ids"][0])
+        (found,) = (prompt for prompt in prompts if prompt in text)
+        return found
+
+    assert {asked(index, 0, 3) for index in range(12)} == set(prompts)
+    assert {asked(0, epoch, 3) for epoch in range(12)} == set(prompts)
+    assert all(asked(index, 1, 3) == asked(index, 1, 3) for index in range(4))
+    assert {asked(index, 0, None) for index in range(12)} == {prompts[0]}  # as evaluation asks

@@ -26,6 +26,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from hsenet.arguments import parse_arguments
 from hsenet.collators import ContrastiveCollator
+from hsenet.data import REPORT_PROMPTS
 from hsenet.digests import digest, model_digest
 from hsenet.metrics.labellers import ClassifierLabeller, RuleLabeller
 from hsenet.metrics.table import as_records
@@ -63,6 +64,9 @@ class EvaluationArguments:
         default_factory=lambda: ["reports", "vqa"], metadata={"help": "Without vqa: a dataset without questions."}
     )
     question_types: list[str] = field(default_factory=list, metadata={"help": "Only these questions; empty: all."})
+    report_prompt: str = field(
+        default=REPORT_PROMPTS[0], metadata={"help": "What asks for a report: the first of stage 3's report_prompts."}
+    )
     max_rows: int | None = field(default=None, metadata={"help": "Only the first studies and questions."})
     ids: str | None = field(default=None, metadata={"help": "File of volume names, one a line: score only these."})
     all_reconstructions: bool = field(
@@ -288,6 +292,7 @@ def main(arguments: EvaluationArguments) -> None:
         all_reconstructions=arguments.all_reconstructions,
         ids=arguments.ids,
         max_rows=arguments.max_rows,
+        prompt=arguments.report_prompt,
     )
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,7 @@ def main(
     if data.cache_only:
         return accelerator.end_training()
     train_rows, eval_rows = cache.readable(train_rows), cache.readable(eval_rows)
-    collator = ContrastiveCollator(tokenizer, data.max_length)
+    collator = ContrastiveCollator(tokenizer, data.max_length, whole_sentences=data.whole_sentences)
     rewrite = ReportAugmentation(tuple(data.report_fields), data.drop_sentences, training.seed)
     augmentation = VolumeAugmentation(data, image_processor, data.report_fields, training.seed)
     loader = DataLoader(
@@ -91,7 +91,12 @@ def main(
         training.batch_size,
         shuffle=True,
         drop_last=True,
-        collate_fn=ContrastiveCollator(tokenizer, data.max_length, rewrite if data.rewrite_reports else None),
+        collate_fn=ContrastiveCollator(
+            tokenizer,
+            data.max_length,
+            rewrite if data.rewrite_reports else None,
+            whole_sentences=data.whole_sentences,
+        ),
         num_workers=data.loader_workers,
     )
 

@@ -23,7 +23,7 @@ from hsenet.adapters import lora_config
 from hsenet.arguments import DataArguments, TrainingArguments, parse_arguments
 from hsenet.augmentation import VolumeAugmentation
 from hsenet.collators import ReportCollator
-from hsenet.data import SimilarLengthSampler, VolumeRows, generation_rows, load_rows
+from hsenet.data import REPORT_PROMPTS, SimilarLengthSampler, VolumeRows, generation_rows, load_rows
 from hsenet.evaluation import evaluate_language_loss
 from hsenet.frozen_features import cache_patch_features
 from hsenet.language_model import LanguageModelArguments, load_language_model
@@ -56,6 +56,10 @@ class ModelArguments(LanguageModelArguments):
         metadata={
             "help": "The language model's chat template, if it has one, or the plain prompt of the paper's code."
         },
+    )
+    report_prompts: list[str] = field(
+        default_factory=lambda: list(REPORT_PROMPTS),
+        metadata={"help": "What asks for a report: one is drawn a row and epoch; evaluation takes the first."},
     )
     questions_per_row: int = field(
         default=1, metadata={"help": "Questions of a volume that share its tokens: same loss, fewer tokens."}
@@ -189,11 +193,17 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
         )
         reports = cache.readable(reports) if "reports" in model_arguments.tasks else []
         questions = cache.readable(questions)
-        rows[split] = generation_rows(reports, questions, tuple(data.report_fields), model_arguments.questions_per_row)
+        rows[split] = generation_rows(
+            reports,
+            questions,
+            tuple(data.report_fields),
+            model_arguments.questions_per_row,
+            model_arguments.report_prompts,
+        )
     if data.cache_only:
         return accelerator.end_training()
     train_rows, eval_rows = rows[data.train_split], rows[data.eval_split]
-    collator = ReportCollator(processor, data.max_length)
+    collator = ReportCollator(processor, data.max_length)  # of evaluation: always the same prompt
     accelerator.print(f"{collator.num_truncated(train_rows)} of {len(train_rows)} rows are longer than max_length.")
     features = cache
     if model_arguments.patch_features == "cached" and data.changes_volumes:
@@ -215,7 +225,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
         training.batch_size,
         sampler=sampler,
         drop_last=True,
-        collate_fn=collator,
+        collate_fn=ReportCollator(processor, data.max_length, training.seed),
         num_workers=data.loader_workers,
     )
 

@@ -34,12 +34,14 @@ def load_evaluation_rows(
     all_reconstructions: bool,
     ids: str | None,
     max_rows: int | None,
+    prompt: str = REPORT_PROMPTS[0],
 ) -> EvaluationRows:
     """
     Args:
         ids: file of volume names, one a line: only these, all of them and in this order, whatever
             `all_reconstructions` says. A published list makes a pool comparable.
         max_rows: only the first studies and questions.
+        prompt: what asks for a report.
 
     Raises:
         ValueError: a name of `ids` is not in the split, or repeats.
@@ -61,9 +63,7 @@ def load_evaluation_rows(
             names = {row["volume_name"] for row in rows}
             questions = [row for row in questions if row["volume_name"] in names]
         training_questions = load_rows(dataset, "vqa", train_split, None, question_types)
-    asked = [
-        {**row, "question": REPORT_PROMPTS[0], "answer": row["text"], "question_type": "report"} for row in studies
-    ]
+    asked = [{**row, "question": prompt, "answer": row["text"], "question_type": "report"} for row in studies]
     return EvaluationRows(volumes, asked, questions[:max_rows], training, training_questions)
 
 
