@@ -1,5 +1,6 @@
 """The experiments: the rule that decides, the scores, and `train/experiment.py` from files to table."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -271,6 +272,21 @@ def test_projectors_and_nodules_from_files_to_table(base):
         assert all(0 <= scores["presence_auroc"] <= 1 and scores["answer_loss"] > 0 for scores in of_seeds)
         assert all(0 <= scores["other_scan_auroc"] <= 1 for scores in of_seeds)
     assert len(list((base / "runs").glob("stage3_*"))) == 4
+
+
+def test_a_new_stage_1_or_dataset_makes_new_arms(tmp_path):
+    spec = importlib.util.spec_from_file_location("experiment_program", ROOT / "train" / "experiment.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    (tmp_path / "phantoms" / "reports").mkdir(parents=True)
+    (tmp_path / "stage1").mkdir()
+    settings = {"seed": 0, "stage1": str(tmp_path / "stage1"), "dataset": str(tmp_path / "phantoms")}
+    folders = [program.run_folder("stage2", settings, tmp_path)]
+    for path in ("stage1/model.safetensors", "phantoms/reports/train.parquet"):
+        for content in (b"one", b"another"):
+            (tmp_path / path).write_bytes(content)
+            folders.append(program.run_folder("stage2", settings, tmp_path))
+    assert len(set(folders)) == 5 and folders[-1] == program.run_folder("stage2", settings, tmp_path)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -48,9 +48,21 @@ def load_experiment(name: str) -> dict[str, Any]:
 
 
 def run_folder(stage: str, settings: dict[str, Any], output_dir: Path) -> Path:
-    """The same for equal settings, whichever experiment they belong to."""
-    digest = hashlib.sha256(json.dumps([stage, settings], sort_keys=True).encode()).hexdigest()[:12]
+    """The same for equal settings, models and tables, whichever experiment they belong to."""
+    names = [name for name, value in settings.items() if isinstance(value, str) and name != "cache_dir"]
+    made_from = {name: _content(settings[name]) for name in names if Path(settings[name]).is_dir()}
+    digest = hashlib.sha256(json.dumps([stage, settings, made_from], sort_keys=True).encode()).hexdigest()[:12]
     return output_dir / "runs" / f"{stage}_{digest}_seed{settings['seed']}"
+
+
+def _content(folder: str) -> str:
+    """SHA-256 of a model's weights or a dataset's tables: a path doesn't show that they were made anew."""
+    sha = hashlib.sha256()
+    for path in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*/*.parquet")]):
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                sha.update(block)
+    return sha.hexdigest()
 
 
 def train_arm(stage: str, settings: dict[str, Any], folder: Path, launch: list[str]) -> None:
