@@ -58,7 +58,8 @@ def untrained_encoder(trained: HSENetCLIPModel, stage1: str, seed: int) -> HSENe
     """Where stage 2 started: stage 1's encoder with a scorer that has learned nothing."""
     torch.manual_seed(seed)
     encoder = HSENetVisionModel(trained.config.vision_config).eval()
-    encoder.load_state_dict(HSENetCLIPModel.from_pretrained(stage1).vision_model.state_dict(), strict=False)
+    scorer = {name: tensor for name, tensor in encoder.state_dict().items() if name.startswith("scorer.")}
+    encoder.load_state_dict({**HSENetCLIPModel.from_pretrained(stage1).vision_model.state_dict(), **scorer})
     return encoder
 
 
