@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from transformers import HfArgumentParser
@@ -61,6 +62,12 @@ class TrainingArguments:
     gradient_accumulation_steps: int = field(default=1)
     gradient_checkpointing: bool = field(default=False)
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
+    optim: Literal["adamw_torch", "adamw_torch_fused"] = field(
+        default="adamw_torch", metadata={"help": "AdamW, or the same in fewer passes over the weights."}
+    )
+    torch_compile: bool = field(
+        default=False, metadata={"help": "Compile the model by its first steps; needs a C++ compiler on CPUs."}
+    )
     logging_steps: int = field(default=10)
     eval_steps: int = field(default=-1, metadata={"help": "Evaluate every so many steps; -1: only at the end."})
     save_steps: int = field(

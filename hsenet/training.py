@@ -41,6 +41,7 @@ def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=arguments.mixed_precision,
+        dynamo_backend="inductor" if arguments.torch_compile else None,
         # A step's batches are read ahead: the loader's end must not end it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=arguments.gradient_accumulation_steps, sync_with_dataloader=False
@@ -119,6 +120,7 @@ def train(
         parameter_groups(model, arguments.weight_decay),
         lr=arguments.learning_rate,
         betas=(0.9, arguments.adam_beta2),
+        fused=arguments.optim == "adamw_torch_fused",
     )
     sampler = loader.sampler
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
