@@ -33,7 +33,7 @@ class WholeModel:
     def __call__(self, model: nn.Module) -> nn.Module | None:
         """Of the prepared model; on all processes together. `None` where another process has it."""
         if self.skeleton is None:
-            return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+            return self.accelerator.unwrap_model(model)
         weights = self.accelerator.get_state_dict(model)
         if not self.accelerator.is_main_process:
             return None

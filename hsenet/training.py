@@ -41,7 +41,6 @@ def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=arguments.mixed_precision,
-        dynamo_backend="inductor" if arguments.torch_compile else None,
         # A step's batches are read ahead: the loader's end must not end it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=arguments.gradient_accumulation_steps, sync_with_dataloader=False

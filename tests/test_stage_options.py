@@ -60,14 +60,3 @@ def test_fused_optimizer_takes_the_same_steps(folder, plain):
     for name, tensor in weights.items():
         if not name.endswith("k_proj.bias"):  # its gradient is rounding noise, of which Adam makes steps
             torch.testing.assert_close(tensor, plain[1][name], rtol=1e-3, atol=2e-4)
-
-
-@pytest.mark.slow  # a minute of compiling, and a C++ compiler
-@pytest.mark.parametrize("stage", ["stage2", "stage3"])
-def test_compiled_model_trains_alike_and_is_saved_plain(folder, stage):
-    settings = {"max_steps": 3, "consistency_weight": 0.0} if stage == "stage2" else {"max_steps": 3}
-    expected, _ = train(stage, folder, f"{stage}_eager", **settings)
-    losses, weights = train(stage, folder, f"{stage}_compiled", torch_compile=True, **settings)
-    assert losses == pytest.approx(expected, rel=1e-3)
-    assert not any("_orig_mod" in name for name in weights)
-    AutoModel.from_pretrained(folder / f"{stage}_compiled", trust_remote_code=True)
