@@ -21,7 +21,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
 from tqdm import tqdm
 
-from hsenet.corpora.files import claim_folder, push, write_atomically
+from hsenet.corpora.files import claim_folder, write_atomically
 from hsenet.corpora.leakage import find_leaks, leakage_table
 from hsenet.phantom import (
     CT_RATE_LABELS,
@@ -32,6 +32,7 @@ from hsenet.phantom import (
     render_study,
     sample_study,
 )
+from hsenet.publishing import open_repository, push_dataset
 
 
 GENERATOR_VERSION = 1  # raise it when the same seed gives other volumes or texts
@@ -82,7 +83,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar=("X", "Y", "Z"),
         help="nominal voxel size in mm",
     )
-    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the finished folder to this data set repository")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload the finished data set, privately")
+    parser.add_argument("--public", action="store_true", help="with --push-to-hub: for everybody to see")
     return parser.parse_args()
 
 
@@ -247,6 +249,8 @@ def main() -> None:
         "spacing": list(arguments.spacing),
         "studies": dict(zip(SPLITS, counts, strict=True)),
     }
+    if arguments.push_to_hub:  # asked now: drawing takes long
+        open_repository(arguments.push_to_hub, repo_type="dataset", private=not arguments.public)
     claim_folder(arguments.output, parameters)
 
     jobs = [(split, index) for split, count in parameters["studies"].items() for index in range(count)]
@@ -262,7 +266,7 @@ def main() -> None:
         write_parquet(arguments.output / f"vqa/{split}.parquet", list(vqa_rows(group)), VQA_FEATURES)
     write_card(arguments.output, parameters, studies)
     if arguments.push_to_hub:
-        push(arguments.output, arguments.push_to_hub, private=False)  # synthetic: nothing to protect
+        push_dataset(arguments.output, arguments.push_to_hub, private=not arguments.public)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hsenet.augmentation import AugmentationArguments
+from hsenet.publishing import check_repo_id
 
 
 @dataclass
@@ -84,6 +85,10 @@ class TrainingArguments:
     )
     early_stopping_threshold: float = field(default=0.0, metadata={"help": "What counts as better than before."})
     report_to: list[str] = field(default_factory=list, metadata={"help": "tensorboard, wandb, ..."})
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "OWNER/NAME on the Hub to upload the trained model to, at the end."}
+    )
+    hub_private: bool = field(default=True, metadata={"help": "For its owner's eyes only; false: for everybody's."})
     # All settings of the run, without local paths, as `start` records them.
     settings: dict = field(default_factory=dict, init=False)
 
@@ -99,6 +104,8 @@ class TrainingArguments:
             )
         if self.save_total_limit < 1:
             raise ValueError(f"save_total_limit should be at least 1, got {self.save_total_limit}.")
+        if self.push_to_hub is not None:
+            check_repo_id(self.push_to_hub)
 
 
 def parse_arguments(*dataclasses: type, argv: list[str] | None = None) -> tuple:

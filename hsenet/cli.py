@@ -5,6 +5,7 @@ hsenet convert KIND SOURCE OUTPUT
 hsenet fingerprint DIR [--check]
 hsenet index MODEL SOURCE OUTPUT
 hsenet search MODEL INDEX [--text TEXT] [--volume SCAN]
+hsenet push DIR REPO [--dataset] [--public]
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from hsenet.cli_index import add_index, add_search
+from hsenet.cli_push import add_push
 from hsenet.conversion import convert_clip
 from hsenet.conversion_output import Report
 from hsenet.conversion_slices import BIOMEDCLIP_ID, convert_slice_encoder
@@ -29,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_fingerprint(commands.add_parser("fingerprint", help="a short hash of what a saved model computes"))
     add_index(commands.add_parser("index", help="embeddings of a dataset's volumes and reports, to search"))
     add_search(commands.add_parser("search", help="volumes or reports of an index like a text, a volume or both"))
+    add_push(commands.add_parser("push", help="a model or a dataset to the Hub, whole and private"))
     arguments = vars(parser.parse_args(argv))
     run: Callable[..., None] = arguments.pop("run")
     try:

@@ -29,6 +29,8 @@ FREE = {
     "save_total_limit",
     "resume",
     "report_to",
+    "push_to_hub",
+    "hub_private",
     "load_best_model_at_end",
     "early_stopping_patience",
     "num_train_epochs",  # the number of steps is compared, which the schedule needs

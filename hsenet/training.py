@@ -27,6 +27,7 @@ from hsenet.continuation import describe_other_layout, kept_settings, refuse_oth
 from hsenet.data import VolumeRows
 from hsenet.interruption import Interrupted, Interruption, leave_signals_to_parent
 from hsenet.progress import Progress
+from hsenet.publishing import PublishingError, open_repository, push_model
 from hsenet.run_record import RunLog, begin_record, data_fingerprint, publishable, write_curves
 from hsenet.sharding import WholeModel
 from hsenet.training_card import write_card
@@ -54,6 +55,8 @@ def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched, but each would train alone: check the launcher.")
+    if arguments.push_to_hub is not None and accelerator.is_main_process:
+        open_repository(arguments.push_to_hub, private=arguments.hub_private)  # now, not after hours of training
     torch.manual_seed(arguments.seed)
     given = {name: value for name, value in asdict(arguments).items() if name != "settings"}
     arguments.settings = publishable({**given, **settings, "num_processes": accelerator.num_processes})
@@ -64,6 +67,26 @@ def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
         )
     accelerator.init_trackers(Path(arguments.output_dir).name)
     return accelerator
+
+
+def push_trained(accelerator: Accelerator, arguments: TrainingArguments) -> None:
+    """
+    Uploads what the output directory holds, if the run was told to; to be called when all is saved.
+
+    Raises:
+        [`PublishingError`]: it was not uploaded. The message says how to try again without training.
+    """
+    if arguments.push_to_hub is None or not accelerator.is_main_process:
+        return
+    try:
+        commit = push_model(arguments.output_dir, arguments.push_to_hub, private=arguments.hub_private)
+    except PublishingError as error:
+        public = "" if arguments.hub_private else " --public"
+        raise PublishingError(
+            f"The trained model is saved, but not uploaded. {error} To try again without training: "
+            f"hsenet push {arguments.output_dir} {arguments.push_to_hub}{public}"
+        ) from error
+    print(f"Uploaded: {commit.commit_url}")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -355,21 +355,9 @@ def test_tables_of_another_layout_are_refused(raw, tmp_path):
         build("build_ct_rate", *arguments)
 
 
-def test_upload_is_private_and_without_working_files(raw, tmp_path, monkeypatch):
-    calls = {}
-
-    class Api:
-        def create_repo(self, repository, **settings):
-            calls["repo"] = (repository, settings)
-
-        def upload_folder(self, **settings):
-            calls["upload"] = settings
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+def test_upload_needs_the_scans(raw, tmp_path):
+    """What is uploaded: tests/test_publishing.py."""
     arguments = ("--corpus", raw / "ct-rate-v2", "--release", "ct-rate-v2", "--output", tmp_path / "data")
-    build("build_ct_rate", *arguments, "--max-patients", "1", "--push-to-hub", "somebody/ct")
-    assert calls["repo"] == ("somebody/ct", {"repo_type": "dataset", "exist_ok": True, "private": True})
-    assert not any("build" in pattern for pattern in calls["upload"]["allow_patterns"])
     with pytest.raises(SystemExit, match="no use on the Hub"):
         build("build_ct_rate", *arguments, "--volumes", "reference", "--push-to-hub", "somebody/ct")
 

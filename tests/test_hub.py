@@ -22,6 +22,7 @@ from transformers import (
 
 import hsenet
 from hsenet import HSENetCLIPModel, HSENetForConditionalGeneration, HSENetProcessor, read_volume
+from reading_hsenet import Volume
 
 
 ROOT = Path(__file__).parent.parent
@@ -57,15 +58,25 @@ def clip_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def answer(model, processor, scan: Path) -> list[int]:
+def answer(model, processor, scan: Path | Volume) -> list[int]:
     inputs = processor(volumes=scan, text=QUESTION, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
     return tokens[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def embeddings(model, processor, scan: Path) -> torch.Tensor:
-    outputs = model(**processor(volumes=str(scan), text=tiny.SENTENCES[:2], padding=True, return_tensors="pt"))
+def embeddings(model, processor, scan: Path | Volume) -> torch.Tensor:
+    outputs = model(**processor(volumes=scan, text=tiny.SENTENCES[:2], padding=True, return_tensors="pt"))
     return torch.cat([outputs.image_embeds, outputs.text_embeds])
+
+
+def without_the_package() -> str:
+    """Of a program: editable installations put the repository on the path; a Hub user's has none of its modules."""
+    return f"import sys; names = {['hsenet', *(name[:-3] for name in HUB_FILES)]}\n" + (
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in names: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
 
 
 def run_elsewhere(program: str, folder: Path, *arguments: Path | str) -> dict | list:
@@ -73,14 +84,7 @@ def run_elsewhere(program: str, folder: Path, *arguments: Path | str) -> dict | 
     folder.mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    # Editable installations put the repository on the path; a Hub user's has none of its modules.
-    prelude = f"import sys; names = {['hsenet', *(name[:-3] for name in HUB_FILES)]}\n" + (
-        "class Absent:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in names: raise ModuleNotFoundError(name)\n"
-        "sys.meta_path.insert(0, Absent())\n"
-    )
-    command = [sys.executable, "-c", prelude + program, *map(str, arguments)]
+    command = [sys.executable, "-c", without_the_package() + program, *map(str, arguments)]
     run = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
     )

@@ -246,6 +246,8 @@ def _language_loss(model: nn.Module, batch: dict, step: int) -> tuple[torch.Tens
 
 
 def main(model_arguments: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
+    if training.push_to_hub is not None:
+        raise ValueError("push_to_hub is for the three stages: stand-ins are parts of their models.")
     accelerator = start(training, model=asdict(model_arguments), data=asdict(data))
     if accelerator.num_processes > 1:
         raise ValueError("The stand-ins are small: train them in one process.")

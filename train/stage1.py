@@ -19,7 +19,7 @@ from hsenet.contrastive import ContrastiveArguments, ContrastiveObjective
 from hsenet.data import VolumeRows, add_report_texts, load_rows, one_per_study
 from hsenet.evaluation import evaluate_retrieval
 from hsenet.report_augmentation import ReportAugmentation
-from hsenet.training import start, train
+from hsenet.training import push_trained, start, train
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel
 from processing_hsenet import HSENetImageProcessor, HSENetProcessor
@@ -112,6 +112,7 @@ def main(
         model.save_pretrained(training.output_dir)
         HSENetProcessor(image_processor, tokenizer).save_pretrained(training.output_dir)
     accelerator.end_training()
+    push_trained(accelerator, training)
 
 
 if __name__ == "__main__":

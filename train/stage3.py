@@ -27,7 +27,7 @@ from hsenet.data import REPORT_PROMPTS, SimilarLengthSampler, VolumeRows, genera
 from hsenet.evaluation import evaluate_language_loss
 from hsenet.frozen_features import cache_patch_features
 from hsenet.language_model import LanguageModelArguments, load_language_model
-from hsenet.training import start, train
+from hsenet.training import push_trained, start, train
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
 from processing_hsenet import HSENetProcessor
@@ -245,6 +245,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
         merged(model, adapter, assembled).save_pretrained(training.output_dir)
         processor.save_pretrained(training.output_dir)
     accelerator.end_training()
+    push_trained(accelerator, training)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hsenet.publishing import open_repository, push_dataset
 from reading_hsenet import Volume
 
 from .card import CardFacts, write_card
-from .files import claim_folder, push, write_atomically
+from .files import claim_folder, write_atomically
 from .leakage import find_leaks, write_leaks
 from .marks import SPLITS, first_patients, mark
 from .parquet import read_rows, write_rows
@@ -41,7 +42,6 @@ DEIDENTIFIED = (
     "as they were."
 )
 MAX_SPACING_MM = 10.0  # the reader refuses what is coarser
-UPLOADED = ("README.md", "excluded.csv", "leakage.json", "reports/*", "vqa/*", "volumes/*", "preview/*")
 
 
 @dataclass
@@ -93,7 +93,7 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-rows", type=int, default=16, help="scans in a shard")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read scans")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the finished dataset, privately")
-    parser.add_argument("--public", action="store_true", help="with --push-to-hub: a new repository is public")
+    parser.add_argument("--public", action="store_true", help="with --push-to-hub: for everybody to see")
 
 
 def add_split_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,7 +135,7 @@ def run(plan: Plan, corpus: Corpus, facts: CardFacts, arguments: argparse.Namesp
     write_card(output, facts, parameters, reports, questions, excluded, leaks)
     print((output / "README.md").read_text().split("---\n", 2)[2])
     if arguments.push_to_hub:
-        push(output, arguments.push_to_hub, UPLOADED, private=not arguments.public)
+        push_dataset(output, arguments.push_to_hub, private=not arguments.public)
 
 
 def _check(arguments: argparse.Namespace, corpus: Corpus) -> None:
@@ -152,6 +152,8 @@ def _check(arguments: argparse.Namespace, corpus: Corpus) -> None:
         raise SystemExit(f"--spacing {arguments.spacing} is coarser than the {MAX_SPACING_MM:g} mm that are read.")
     if arguments.present_only and not corpus.is_local:
         raise SystemExit("--present-only is about a local copy: the Hub holds the whole corpus.")
+    if arguments.push_to_hub:
+        open_repository(arguments.push_to_hub, repo_type="dataset", private=not arguments.public)
 
 
 def _recorded(arguments: argparse.Namespace, corpus: Corpus, rows: list[dict]) -> dict:

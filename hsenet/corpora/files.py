@@ -1,8 +1,7 @@
-"""Files that appear whole or not at all, folders that one build owns, and their upload."""
+"""Files that appear whole or not at all, and folders that one build owns."""
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -36,13 +35,3 @@ def claim_folder(output: Path, parameters: dict) -> None:
         write_atomically(note, json.dumps(parameters, indent=2).encode())
     for leftover in output.rglob(".*.partial"):
         leftover.unlink()
-
-
-def push(folder: Path, repository: str, patterns: Sequence[str] | None = None, *, private: bool) -> None:
-    """Upload the files of a dataset folder that match `patterns`, all if None."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(repository, repo_type="dataset", exist_ok=True, private=private)
-    allowed = None if patterns is None else list(patterns)
-    api.upload_folder(folder_path=folder, repo_id=repository, repo_type="dataset", allow_patterns=allowed)

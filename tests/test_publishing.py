@@ -1,0 +1,600 @@
+"""Pushed to a stand-in Hub, over HTTP with the real client libraries, and loaded from there by strangers.
+
+What must not be published is planted in folders; uploads fail or their process is killed at each of their requests.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import corpora
+import fake_hub
+import nibabel
+import numpy as np
+import pyarrow.parquet
+import pytest
+import tiny
+import torch
+from hub_clients import MACHINE, Clients
+from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file, save_file
+from stage_runs import ROOT, prepare
+from test_hub import QUESTION, answer, embeddings, without_the_package
+
+from hsenet import HSENetProcessor, read_volume
+from hsenet.adapters import adapter_layout, lora_config, save_adapter
+from hsenet.fingerprint import store_fingerprint
+
+
+NEW_TOKENS = 6
+CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n# A model\n\nNot a medical device.\n"
+CANARIES = ("Zwanzig", "MRN4711", "ACC0815")
+USER = "mcuriesklodowska"
+
+
+def save_generation(folder: Path, seed: int = 0, **saving) -> None:
+    torch.manual_seed(seed)
+    model = tiny.generation_model()
+    if seed:
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder, **saving)
+    tiny.processor(model).save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("scan") / "scan.npy"
+    np.save(path, tiny.scan())
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A model that writes, in shards, with an adapter; another version of it, in one file; a contrastive model."""
+    root = tmp_path_factory.mktemp("folders")
+    save_generation(root / "first", max_shard_size="100KB")
+    store_fingerprint(root / "first")
+    model = tiny.generation_model()
+    config = lora_config(model, r=2)
+    layout = adapter_layout(model, config)
+    torch.manual_seed(1)
+    tensors = {name: 0.3 * torch.randn(tensor.shape) for name, tensor in layout.items()}
+    save_adapter(tensors, config, root / "first/adapters/vqa")
+    save_generation(root / "second", seed=2)
+    tiny.clip_model("slices").save_pretrained(root / "clip")
+    HSENetProcessor(tiny.image_processor(), tiny.tokenizer()).save_pretrained(root / "clip")
+    (root / "clip/README.md").write_text(CARD)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[fake_hub.Hub]:
+    with fake_hub.Hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def clients(hub, tmp_path_factory) -> Iterator[Clients]:
+    clients = Clients(hub, tmp_path_factory.mktemp("clients"))
+    yield clients
+    clients.close()
+
+
+@pytest.fixture(autouse=True)
+def no_fault(hub):
+    hub.begin()
+
+
+def push(clients: Clients, folder: Path, repo: str, *options: str, **environment: str) -> dict:
+    done = clients.hsenet("push", folder, repo, "--json", *options, **environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def refusal(clients: Clients, folder: Path, repo: str, *options: str, **environment: str) -> str:
+    done = clients.hsenet("push", folder, repo, *options, **environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+STRANGER = """
+import json, os, sys
+import numpy as np
+from transformers import AutoModel, AutoProcessor
+repo, scan, question, length, first, clip, sentences = sys.argv[1:]
+affine = np.diag([1.0, 1.0, 3.0, 1.0])
+
+def answer(model, processor):
+    inputs = processor(volumes=np.load(scan), spacing=(3.0, 1.0, 1.0), text=question, return_tensors="pt")
+    options = {"max_new_tokens": int(length), "min_new_tokens": int(length), "do_sample": False}
+    return model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1]:].tolist()
+
+def load(**options):
+    model = AutoModel.from_pretrained(repo, trust_remote_code=True, **options).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    return model, AutoProcessor.from_pretrained(repo, trust_remote_code=True, **options)
+
+said = {"main": answer(*load()), "pinned": answer(*load(revision=first))}
+model, processor = load(revision=first)
+model.load_adapter(repo, adapter_kwargs={"subfolder": "adapters/vqa", "revision": first})
+said["adapter"] = answer(model, processor)
+model = AutoModel.from_pretrained(clip, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(clip, trust_remote_code=True)
+inputs = processor(volumes=np.load(scan), spacing=(3.0, 1.0, 1.0), text=json.loads(sentences), padding=True,
+                   return_tensors="pt")
+said["embeddings"] = model(**inputs).image_embeds.tolist()
+try:
+    AutoModel.from_pretrained(repo, trust_remote_code=True, token=False, cache_dir="empty")
+except OSError as error:
+    said["without token"] = str(error)
+assert not any(name in sys.modules for name in names)
+print(json.dumps(said))
+"""
+
+
+def test_strangers_load_what_was_pushed(hub, clients, folders, scan, tmp_path):
+    """In a fresh process with an empty cache, without the package: the same tokens, from main and from a pinned
+    revision; an adapter; the embeddings of a contrastive model. Nothing of it without the owner's token."""
+    from transformers import AutoModel
+
+    def local(folder: Path, adapter: Path | None = None) -> list[int]:
+        model = AutoModel.from_pretrained(folder).eval()
+        if adapter:
+            model.load_adapter(adapter)
+        processor = HSENetProcessor.from_pretrained(folder)
+        return answer(model, processor, read_volume(np.load(scan), spacing=(3.0, 1.0, 1.0)))
+
+    expected = {"pinned": local(folders["first"]), "main": local(folders["second"])}
+    expected["adapter"] = local(folders["first"], folders["first"] / "adapters/vqa")
+    assert len(set(map(tuple, expected.values()))) == 3  # so that each could be another
+    first = push(clients, folders["first"], "someone/reports")
+    assert sum(name.endswith(".safetensors") for name in first["files"]) > 3
+    second = push(clients, folders["second"], "someone/reports")
+    push(clients, folders["clip"], "someone/retrieval")
+    assert all(hub.repositories[f"models/someone/{name}"].private for name in ("reports", "retrieval"))
+
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
+    environment |= {**hub.environment(tmp_path / "empty"), "OMP_NUM_THREADS": "1"}
+    sentences = json.dumps(tiny.SENTENCES[:2])
+    words = ("someone/reports", scan, QUESTION, str(NEW_TOKENS), first["revision"], "someone/retrieval", sentences)
+    command = [sys.executable, "-c", without_the_package() + STRANGER, *map(str, words)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    refused = said.pop("without token")
+    assert "someone/reports" in refused and "private" in refused
+    model, processor = (load(folders["clip"]) for load in (AutoModel.from_pretrained, HSENetProcessor.from_pretrained))
+    embedded = embeddings(model.eval(), processor, read_volume(np.load(scan), spacing=(3.0, 1.0, 1.0)))[:1]
+    torch.testing.assert_close(torch.tensor(said.pop("embeddings")), embedded, atol=1e-6, rtol=0)
+    assert said == expected
+    # Nothing of the earlier version lies beside the later one, and the commit stays what it was.
+    repository = hub.repositories["models/someone/reports"]
+    assert set(repository.files()) == {*second["files"], ".gitattributes"}
+    assert set(repository.files(first["revision"])) == {*first["files"], ".gitattributes"}
+
+
+def test_what_is_there_already_is_not_sent_again(hub, clients, folders):
+    first = push(clients, folders["second"], "someone/twice")
+    hub.begin()
+    assert push(clients, folders["second"], "someone/twice")["revision"] == first["revision"]
+    assert not any(request.startswith("PUT") or "/commit/" in request for request in hub.requests)
+
+
+def test_a_branch_of_its_own(hub, clients, folders):
+    main = push(clients, folders["first"], "someone/branches")["revision"]
+    branch = push(clients, folders["second"], "someone/branches", "--revision", "trial")["revision"]
+    assert hub.repositories["models/someone/branches"].branches == {"main": main, "trial": branch}
+    assert "name of a branch" in refusal(clients, folders["first"], "someone/branches", "--revision", main)
+
+
+def test_files_of_others_in_the_repository_stay(hub, clients, folders):
+    push(clients, folders["first"], "someone/shared")
+    repository = hub.repositories["models/someone/shared"]
+    files = repository.commits[repository.branches["main"]]
+    repository.commit("main", {**files, "figure.svg": fake_hub.File(b"<svg/>")})
+    push(clients, folders["second"], "someone/shared")
+    assert repository.files()["figure.svg"] == b"<svg/>" and "model.safetensors.index.json" not in repository.files()
+
+
+# Failures
+
+
+@pytest.mark.parametrize("how", ["kill", "lost", "refuse", "drop"])
+def test_an_upload_that_fails_anywhere_leaves_the_old_or_the_new(how, hub, clients, folders):
+    push(clients, folders["second"], "someone/after")
+    push(clients, folders["first"], "someone/fragile")
+    repository, new = hub.repositories["models/someone/fragile"], hub.repositories["models/someone/after"].files()
+    start, old = repository.branches["main"], repository.files()
+    objects = {oid: content for oid, content in hub.objects.items() if content in old.values()}
+    outcomes = set()
+    for number in count(1):
+        repository.branches["main"], hub.objects = start, dict(objects)
+        hub.begin(fake_hub.Fault(number, how, lambda: os.kill(clients.pid, signal.SIGKILL)))
+        done = clients.hsenet("push", folders["second"], "someone/fragile")
+        state = repository.files()
+        assert state in (old, new)
+        assert done.returncode or state == new
+        assert "Traceback" not in done.stderr, done.stderr
+        if hub.fault is not None:  # there are not so many requests
+            break
+        outcomes.add((done.returncode == 0, state == new))
+        if done.returncode:
+            arrived = set(hub.objects)
+            hub.begin()
+            push(clients, folders["second"], "someone/fragile")
+            assert repository.files() == new
+            sent = {request.split("/")[-1] for request in hub.requests if request.startswith("PUT")}
+            assert not sent & arrived  # the second try goes on where the first ended
+    assert number > 10 and (False, False) in outcomes
+    assert ((False, True) in outcomes) == (how == "lost")  # the answer to the commit itself was lost
+
+
+def test_somebody_else_commits_meanwhile(hub, clients, folders):
+    push(clients, folders["first"], "someone/busy")
+    repository = hub.repositories["models/someone/busy"]
+    files = repository.commits[repository.branches["main"]]
+
+    def change():
+        repository.commit("main", {**files, "config.json": fake_hub.File(b"{}")})
+
+    hub.begin(fake_hub.Fault("/commit/", "meanwhile", change))
+    assert "has just changed" in refusal(clients, folders["second"], "someone/busy")
+    assert repository.files()["config.json"] == b"{}" and "model.safetensors" not in repository.files()
+
+
+# What is refused before the Hub is asked
+
+
+@pytest.mark.parametrize(
+    ("repo", "environment", "words"),
+    [
+        ("no owner", {}, "OWNER/NAME"),
+        ("reports", {}, "OWNER/NAME"),
+        ("someone/a/b", {}, "OWNER/NAME"),
+        ("someone/reports", {"HF_TOKEN": ""}, "hf auth login"),
+        ("someone/reports", {"HF_TOKEN": "hf_read"}, "may only read"),
+        ("someone/reports", {"HF_TOKEN": "hf_unknown"}, "does not accept your token"),
+        ("other/reports", {}, "does not let you write"),
+    ],
+)
+def test_names_and_tokens(repo, environment, words, hub, clients, folders):
+    assert words in refusal(clients, folders["clip"], repo, **environment)
+    assert not any("preupload" in request or "/commit/" in request for request in hub.requests)
+
+
+def test_a_public_repository_is_asked_for(hub, clients, folders):
+    push(clients, folders["clip"], "someone/open", "--public")
+    repository = hub.repositories["models/someone/open"]
+    state = repository.branches["main"]
+    assert not repository.private
+    assert "exists and is public" in refusal(clients, folders["first"], "someone/open")
+    assert repository.branches["main"] == state
+    push(clients, folders["first"], "someone/kept")
+    push(clients, folders["first"], "someone/kept", "--public")
+    assert hub.repositories["models/someone/kept"].private  # as it was made
+
+
+def test_a_dry_run_asks_nobody(hub, clients, folders):
+    said = push(clients, folders["first"], "someone/new", "--dry_run", HF_TOKEN="")
+    assert "config.json" in said["files"] and "revision" not in said and hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("breaking", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "README.md").unlink(), "README.md"),
+        (lambda folder: (folder / "processor_config.json").unlink(), "processor_config.json is missing"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja is missing"),
+        (lambda folder: (folder / "generation_config.json").unlink(), "generation_config.json is missing"),
+        (lambda folder: (folder / "nifti_hsenet.py").unlink(), "nifti_hsenet.py is missing"),
+        (lambda folder: (folder / "modeling_hsenet.py").open("a").write("import os\n"), "not the installed package's"),
+        (lambda folder: next(folder.glob("model-00002-*")).unlink(), "model-00002-of-"),
+        (lambda folder: truncate(next(folder.glob("model-00002-*"))), "not a whole safetensors file"),
+        (lambda folder: shutil.copy(next(folder.glob("model-0*")), folder / "model.safetensors"), "does not belong"),
+        (lambda folder: rename_tensor(next(folder.glob("model-00001-*"))), "would start at random"),
+        (lambda folder: rewrite(folder / "config.json", auto_map={}), "no auto_map"),
+        (lambda folder: rewrite(folder / "config.json", model_type="bert"), "model_type 'bert'"),
+        (lambda folder: (folder / "adapters/vqa/adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
+    ],
+)
+def test_incomplete_folders(breaking, words, hub, clients, folders, tmp_path):
+    shutil.copytree(folders["first"], tmp_path / "model")
+    breaking(tmp_path / "model")
+    said = refusal(clients, tmp_path / "model", "someone/incomplete")
+    assert words in said and str(tmp_path) not in said
+    assert hub.requests == []
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def rename_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["another"] = tensors.pop(sorted(tensors)[0])
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def rewrite(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# What must not leave the machine
+
+LEFT_OUT = (
+    "optimizer.pt",
+    "rng_state_0.pth",
+    "scheduler.bin",
+    "training_args.bin",
+    "pytorch_model.bin",
+    "events.out.tfevents.1.machine",
+    "scan.nii.gz",
+    "series/1.dcm",
+    "patients.csv",
+    "predictions.jsonl",
+    "mine.salt",
+    "mine.names.csv",
+    "checkpoints/step-2/model.safetensors",
+    "cache.npy",
+    ".env",
+    "notes.txt",
+    "adapter/README.md",
+)
+
+
+def test_files_that_are_not_the_model_stay_here(hub, clients, folders, tmp_path):
+    shutil.copytree(folders["first"], tmp_path / "model")
+    for name in LEFT_OUT:
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        text = "file,volume_name\n" if name == "mine.names.csv" else f"{CANARIES[0]} secret of the hospital"
+        (tmp_path / "model" / name).write_text(text)
+    before = sorted(path.name for path in (tmp_path / "model").rglob("*"))
+    said = push(clients, tmp_path / "model", "someone/allowed")
+    assert set(said["left_out"]) == set(LEFT_OUT)
+    files = hub.repositories["models/someone/allowed"].files()
+    assert set(files) == {*(name for name in said["files"]), ".gitattributes"}
+    assert not any(b"secret of the hospital" in content for content in [*hub.objects.values(), *files.values()])
+    assert sorted(path.name for path in (tmp_path / "model").rglob("*")) == before
+
+
+def in_json(name: str, value: str):
+    return lambda folder: rewrite(folder / name, planted=value)
+
+
+def in_card(text: str):
+    return lambda folder: (folder / "README.md").write_text(f"{CARD}\n{text}\n")
+
+
+def in_weights(folder: Path) -> None:
+    path = sorted(folder.glob("model-*.safetensors"))[0]
+    save_file(load_file(path), path, metadata={"format": "pt", "made_from": "/data/hospital/weights"})
+
+
+def in_picture(folder: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Author", USER)
+    Image.new("L", (2, 2)).save(folder / "curves.png", pnginfo=info)
+
+
+def in_log(folder: Path) -> None:
+    (folder / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "note": "D:\\\\data\\\\x"}\n')
+
+
+def in_record(folder: Path) -> None:
+    (folder / "run_config.yaml").write_text("data:\n  dataset: /hospital/corpus/ct\n")
+
+
+@pytest.fixture(scope="module")
+def clean(folders, clients, tmp_path_factory) -> tuple[Path, tuple[str, ...], dict[str, str]]:
+    """A model with nothing to hide, near keys and tables of names; options and environment of a push that finds so."""
+    root = tmp_path_factory.mktemp("clean")
+    shutil.copytree(folders["first"], root / "model")
+    for name in ("conversion.json", "data.json"):
+        (root / "model" / name).write_text("{}")
+    (root / "data.salt").write_text("0123456789abcdef0123456789abcdef")
+    names = "".join(f"v{number},{name}_CT/{name}.nii.gz\n" for number, name in enumerate(CANARIES))
+    (root / "data.names.csv").write_text(f"volume_name,file\n{names}")
+    (root / "list.txt").write_text("listed-1234\n")
+    options = ("--identifiers", str(root / "list.txt"))
+    environment = {"USER": USER, "LOGNAME": USER, "HOME": f"/elsewhere/{USER}"}
+    push(clients, root / "model", "someone/clean", "--dry_run", *options, **environment)
+    return root, options, environment
+
+
+@pytest.mark.parametrize(
+    ("plant", "file", "kind"),
+    [
+        (in_json("config.json", "/hospital3/models/base"), "config.json", "a local path"),
+        (in_json("conversion.json", "~/weights/base"), "conversion.json", "a local path"),
+        (in_card("Trained on `/mnt/archive/ct`."), "README.md", "a local path"),
+        (in_card(r"Trained on C:\Users\me\ct."), "README.md", "a local path"),
+        (in_record, "run_config.yaml", "a local path"),
+        (in_log, "log.jsonl", "a local path"),
+        (in_weights, "model-00001-of-", "a local path"),
+        (in_card(f"Made by {USER}."), "README.md", "the name of a user"),
+        (in_picture, "curves.png", "the name of a user"),
+        (in_card(f"On {MACHINE}."), "README.md", "the name of this machine"),
+        (in_card(f"On {MACHINE.split('.')[0]}."), "README.md", "the name of this machine"),
+        (in_card(f"/elsewhere/{USER}"), "README.md", "the home folder"),
+        (in_card("key 0123456789abcdef0123456789abcdef"), "README.md", "the key of pseudonyms"),
+        (in_card(f"Not {CANARIES[0]}, {CANARIES[2]}."), "README.md", "an identifier"),
+        (in_json("data.json", f"{CANARIES[1]}_CT"), "data.json", "an identifier"),
+        (in_json("data.json", "listed-1234"), "data.json", "an identifier"),
+        (in_json("data.json", "thorax 12.nii.gz"), "data.json", "the name of a scan's file"),
+        (in_card("1.2.840.113619.2.55.3.604688119.969"), "README.md", "a DICOM UID"),
+        (in_card("Zwanzig^Max"), "README.md", "a person's name"),
+        (lambda folder: rewrite(folder / "data.json", PatientID="7"), "data.json", "a field of a DICOM header"),
+    ],
+)
+def test_planted_leaks_never_arrive_and_are_named(plant, file, kind, hub, clients, clean, tmp_path):
+    root, options, environment = clean
+    shutil.copytree(root, tmp_path / "planted")
+    plant(tmp_path / "planted/model")
+    said = refusal(clients, tmp_path / "planted/model", "someone/leaky", *options, **environment)
+    assert file in said and kind in said
+    assert hub.requests == [] and "models/someone/leaky" not in hub.repositories
+    planted = (*CANARIES, USER, str(tmp_path), "0123456789abcdef", "hospital", "listed-1234", "archive", MACHINE)
+    assert not [value for value in planted if value in said]
+
+
+# Training programs
+
+TRAIN = """
+import json
+from pathlib import Path
+import stage_runs
+stage, folder, output, settings = arguments
+stage_runs.train(stage, Path(folder), output, **json.loads(settings))
+"""
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    return prepare(tmp_path_factory.mktemp("parts"))
+
+
+def train(clients: Clients, stage: str, folder: Path, output: str, **settings):
+    words = (stage, folder, output, json.dumps({"num_train_epochs": 1, **settings}))
+    return clients.run(TRAIN, *words)
+
+
+def test_training_ends_on_the_hub(hub, clients, parts):
+    done = train(clients, "stage3", parts, "trained", push_to_hub="someone/trained")
+    assert done.returncode == 0, done.stderr[-3000:]
+    repository = hub.repositories["models/someone/trained"]
+    files = repository.files()
+    assert repository.private and repository.branches["main"] in done.stdout
+    assert {"run_config.yaml", "log.jsonl", "curves.png", "README.md", "chat_template.jinja"} <= set(files)
+    assert not [name for name in files if name.startswith(("adapter/", "checkpoints/"))]
+    assert files["model.safetensors"] == (parts / "trained/model.safetensors").read_bytes()
+
+
+def test_a_failed_upload_loses_no_training(hub, clients, parts):
+    hub.begin(fake_hub.Fault("/commit/", "refuse"))
+    done = train(clients, "stage2", parts, "kept", push_to_hub="someone/kept-run", hub_private=False)
+    assert done.returncode == 1 and f"hsenet push {parts / 'kept'} someone/kept-run --public" in done.stderr
+    assert set(hub.repositories["models/someone/kept-run"].files()) == {".gitattributes"}
+    push(clients, parts / "kept", "someone/kept-run", "--public")
+    assert "model.safetensors" in hub.repositories["models/someone/kept-run"].files()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"push_to_hub": "no owner"}, "OWNER/NAME"), ({"push_to_hub": "other/model"}, "does not let you write")],
+)
+def test_a_wrong_name_is_refused_before_training(settings, words, hub, clients, parts):
+    done = train(clients, "stage2", parts, "never", **settings)
+    assert done.returncode == 1 and words in done.stderr
+    assert not (parts / "never").exists()
+
+
+# Datasets
+
+BUILD = """
+import runpy, sys
+sys.argv = arguments
+runpy.run_path(arguments[0], run_name="__main__")
+"""
+LOAD = """
+import json
+from datasets import load_dataset
+rows = load_dataset(arguments[0], "reports", split="train")
+volumes = load_dataset(arguments[0], "volumes", split="train")
+assert volumes[0]["volume"].shape
+print(json.dumps(list(rows["findings"])))
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return corpora.ct_rate(tmp_path_factory.mktemp("corpus"), "ct-rate-v2")
+
+
+@pytest.fixture(scope="module")
+def dataset(hub, clients, corpus, tmp_path_factory) -> Path:
+    """Built and pushed by the script; with pseudonyms, so that its key and its table of names lie beside it."""
+    output = tmp_path_factory.mktemp("dataset") / "ct"
+    words = ("--corpus", corpus, "--release", "ct-rate-v2", "--output", output, "--workers", "1", "--shard-rows", "4")
+    script = ROOT / "datasets_scripts/build_ct_rate.py"
+    done = clients.run(BUILD, script, *words, "--deidentify", "--push-to-hub", "someone/ct")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+def test_a_dataset_is_loaded_from_the_hub(hub, clients, dataset):
+    repository = hub.repositories["datasets/someone/ct"]
+    files = repository.files()
+    assert repository.private and len(repository.commits) == 2
+    assert {name.split("/")[0] for name in files} == {
+        ".gitattributes", "README.md", "excluded.csv", "leakage.json", "preview", "reports", "volumes"
+    }  # fmt: skip
+    key = dataset.with_name("ct.salt").read_bytes()
+    assert not any(key in content or b"train_1_a" in content for content in files.values())
+    stranger = clients.run(LOAD, "someone/ct", HF_TOKEN="")
+    assert stranger.returncode == 1 and "someone/ct' doesn't exist on the Hub or cannot be accessed" in stranger.stderr
+    done = clients.run(LOAD, "someone/ct")
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = pyarrow.parquet.read_table(dataset / "reports/train.parquet")
+    assert json.loads(done.stdout) == reports["findings"].to_pylist()
+
+
+def test_a_dataset_that_was_built_anew_leaves_no_old_shards(hub, clients, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "ct")
+    first = push(clients, tmp_path / "ct", "someone/rebuilt", "--dataset")
+    for path in (tmp_path / "ct/volumes").glob("train-*"):
+        path.rename(path.with_name(path.name.replace("of-0000", "of-0010")))
+    second = push(clients, tmp_path / "ct", "someone/rebuilt", "--dataset")
+    assert set(hub.repositories["datasets/someone/rebuilt"].files()) == {*second["files"], ".gitattributes"}
+    assert set(second["files"]) != set(first["files"]) and "build.json" in second["left_out"]
+
+
+def test_names_in_the_columns_of_a_dataset(hub, clients, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "ct")
+    for name in ("ct.salt", "ct.names.csv"):
+        shutil.copy(dataset.with_name(name), tmp_path / name)
+    push(clients, tmp_path / "ct", "someone/leaky-ct", "--dataset", "--dry_run")
+    path = tmp_path / "ct/reports/train.parquet"
+    rows = pyarrow.parquet.read_table(path)
+    texts = rows["impression"].to_pylist()
+    texts[1] += " Compare train_5_a_1."
+    column = rows.schema.get_field_index("impression")
+    pyarrow.parquet.write_table(rows.set_column(column, rows.schema.field(column), [texts]), path)
+    said = refusal(clients, tmp_path / "ct", "someone/leaky-ct", "--dataset")
+    assert "reports/train.parquet holds an identifier" in said and "train_5" not in said
+    assert hub.requests == []
+
+
+def test_datasets_that_are_not_whole(hub, clients, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "ct")
+    (tmp_path / "ct/reports/train.parquet").unlink()
+    assert "names reports/train.parquet" in refusal(clients, tmp_path / "ct", "someone/part", "--dataset")
+    (tmp_path / "ct/corpus").symlink_to(tmp_path)
+    assert "local copy" in refusal(clients, tmp_path / "ct", "someone/part", "--dataset")
+    assert hub.requests == []
+
+
+def test_scans_with_words_in_their_headers(hub, clients, tmp_path):
+    """Phantoms go as files; nothing makes such a header, and nothing with one goes."""
+    script = ROOT / "datasets_scripts/build_phantom.py"
+    words = ("--train-studies", "2", "--validation-studies", "0", "--test-studies", "0", "--workers", "1")
+    done = clients.run(BUILD, script, "--output", tmp_path / "p", *words, "--spacing", "9", "9", "9", "--push-to-hub",
+                       "someone/phantoms", "--public")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not hub.repositories["datasets/someone/phantoms"].private
+    path = next((tmp_path / "p/volumes").rglob("*.nii.gz"))
+    image = nibabel.load(path)
+    image.header["descrip"] = CANARIES[0]
+    nibabel.save(nibabel.Nifti1Image(np.asanyarray(image.dataobj), image.affine, image.header), path)
+    hub.begin()
+    said = refusal(clients, tmp_path / "p", "someone/phantoms", "--dataset", "--public")
+    assert "words in the header of a scan" in said and CANARIES[0] not in said and hub.requests == []
