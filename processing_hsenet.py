@@ -466,6 +466,7 @@ class HSENetProcessor(ProcessorMixin):
 
     def plain_prompt(self, question: str) -> str:
         """The paper's prompt for one volume: the tokenizer's BOS, volume, question, by `plain_prompt_layout`."""
+        self._check_words(question)
         return f"{self.tokenizer.bos_token or ''}{self.image_token}{self._separator}{question}"
 
     def answer(self, question: str, answer: str) -> str:
@@ -487,8 +488,20 @@ class HSENetProcessor(ProcessorMixin):
         return BatchFeature(features, tensor_type="pt", skip_tensor_conversion=["text_replacement_offsets"])
 
     def apply_chat_template(self, conversation: list, *args, **kwargs) -> Any:
-        """As [`ProcessorMixin.apply_chat_template`]; a content item `{"type": "volume", "volume": scan}` is a scan."""
-        if conversation and isinstance(conversation[0], dict):
+        """
+        As [`ProcessorMixin.apply_chat_template`]; a content item `{"type": "volume", "volume": scan}` is a scan.
+
+        Raises:
+            ValueError: a user's text has control tokens, which would end the turn or speak for another role.
+        """
+        is_one = bool(conversation) and isinstance(conversation[0], dict)
+        dialogues = [conversation] if is_one else conversation
+        for message in (message for dialogue in dialogues for message in dialogue if message["role"] == "user"):
+            if isinstance(message["content"], str):
+                self._check_words(message["content"].replace(self.image_token, " "))  # written out, the placeholder
+            else:
+                self._check_words(*(part["text"] for part in message["content"] if part["type"] == "text"))
+        if is_one:
             return super().apply_chat_template(_volumes_as_images(conversation), *args, **kwargs)
         return super().apply_chat_template([_volumes_as_images(one) for one in conversation], *args, **kwargs)
 
@@ -502,6 +515,23 @@ class HSENetProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+    def _check_words(self, *texts: str) -> None:
+        """A user's words must stay words: what looks like a control token would be one."""
+        tokens = self.tokenizer.added_tokens_decoder
+        control = {
+            index
+            for index, token in tokens.items()
+            # Words that somebody added to the vocabulary are none; some control tokens are not marked as special.
+            if (token.special or token.content.startswith(("<", "["))) and index != self.tokenizer.unk_token_id
+        }
+        for text in texts:
+            if found := control.intersection(self.tokenizer.encode(text, add_special_tokens=False)):
+                shown = ", ".join(sorted(tokens[index].content for index in found))
+                raise ValueError(
+                    f"Expected words only, got text with {shown}, which the language model takes for the end of a "
+                    "turn, a volume or another role: leave it out."
+                )
 
     @property
     def _separator(self) -> str:

@@ -18,8 +18,8 @@ from datasets import get_dataset_split_names
 from tqdm import tqdm
 
 from hsenet.corpora.leakage import find_leaks, leakage_table, write_leaks
-from hsenet.corpora.volumes import content_hash
 from hsenet.data import load_rows
+from hsenet.digests import content_hash
 from hsenet.scans import read_scan
 
 

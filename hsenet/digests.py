@@ -1,11 +1,14 @@
-"""Short names of what was computed from what: of settings, and of a model's weights."""
+"""Short names of what was computed from what: of settings, of a model's weights, of a scan's voxels."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from reading_hsenet import Volume
 
 
 def digest(value: Any) -> str:
@@ -20,6 +23,20 @@ def model_digest(model: torch.nn.Module) -> str:
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
+
+
+def content_hash(volume: Volume) -> str:
+    """SHA-256 of shape and rounded HU in canonical orientation: the same however a scan is stored."""
+    digest = hashlib.sha256(repr(volume.array.shape).encode())
+    digest.update(as_int16(volume.array).tobytes())
+    return digest.hexdigest()
+
+
+def as_int16(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.int16:
+        return array
+    limits = np.iinfo(np.int16)
+    return np.rint(np.clip(array, limits.min, limits.max)).astype(np.int16)
 
 
 def public_name(source: str, model: torch.nn.Module) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from datasets import load_from_disk
 
 from hsenet.corpora.pseudonyms import pseudonyms, salt_path
-from hsenet.corpora.volumes import content_hash
+from hsenet.digests import content_hash
 from hsenet.embedding import Embedder
 from hsenet.index_filters import RELATIONS, Columns, Filter, relations
 from hsenet.index_results import Hit, SearchResult

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from hsenet.corpora.volumes import content_hash
+from hsenet.digests import content_hash
 from hsenet.scans import read_scan, scan_identity
 from modeling_hsenet import HSENetVisionModel
 from processing_hsenet import HSENetImageProcessor
@@ -57,7 +57,7 @@ class VolumeCache:
         return self._metadata(path)["source"] == scan_identity(row)
 
     def content_hash(self, volume_name: str) -> str:
-        """What [`~hsenet.corpora.volumes.content_hash`] says of the scan, before any resampling."""
+        """What [`~hsenet.digests.content_hash`] says of the scan, before any resampling."""
         return self._metadata(self.path(volume_name))["content_hash"]
 
     @staticmethod

@@ -25,8 +25,9 @@ from huggingface_hub import DatasetCard
 from hsenet.collators import ContrastiveCollator, ReportCollator
 from hsenet.corpora import Corpus, CorpusError
 from hsenet.corpora.schema import REPORT
-from hsenet.corpora.volumes import coarser, content_hash
+from hsenet.corpora.volumes import coarser
 from hsenet.data import VolumeRows, generation_rows, load_rows, one_per_study, report_text
+from hsenet.digests import content_hash
 from hsenet.evaluation import evaluate_retrieval, generate_answers
 from hsenet.losses import global_similarity, image_text_contrastive_loss
 from hsenet.scans import read_scan
@@ -459,7 +460,7 @@ FROM_THE_HUB = """
 import json, sys
 sys.path.insert(0, {scripts!r})
 import build_ct_rate
-from hsenet.corpora.volumes import content_hash
+from hsenet.digests import content_hash
 from hsenet.data import load_rows
 from hsenet.scans import read_scan
 

@@ -14,7 +14,8 @@ from hsenet.corpora.leakage import Leak, find_leaks, leakage_table
 from hsenet.corpora.marks import mark, split_of
 from hsenet.corpora.parquet import write_rows
 from hsenet.corpora.schema import REPORT_FEATURES
-from hsenet.corpora.volumes import content_hash, has_blank_header
+from hsenet.corpora.volumes import has_blank_header
+from hsenet.digests import content_hash
 from hsenet.phantom import nifti_bytes
 from reading_hsenet import read_volume
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hsenet.digests import content_hash
 from hsenet.scans import read_hu
 from reading_hsenet import HSENetInputError, Volume
 
@@ -20,7 +21,7 @@ from .marks import SPLITS
 from .parquet import write_rows
 from .schema import REPORT_FEATURES, VOLUME_FEATURES
 from .source import Corpus, CorpusError, MissingInCorpusError
-from .volumes import coarser, content_hash, has_blank_header, to_nifti
+from .volumes import coarser, has_blank_header, to_nifti
 
 
 BLANK_HEADER = "blank header"

@@ -1,12 +1,12 @@
 """What a dataset stores of a scan: its hash, and itself, as it is or coarser."""
 
 import gzip
-import hashlib
 from pathlib import Path
 
 import nibabel
 import numpy as np
 
+from hsenet.digests import as_int16
 from hsenet.phantom import nifti_bytes
 from reading_hsenet import Volume
 
@@ -23,20 +23,6 @@ def has_blank_header(path: Path) -> bool:
         return False
     no_orientation = header["sform_code"] == 0 and header["qform_code"] == 0
     return bool(no_orientation or identity or not np.all(np.abs(header["pixdim"][1:4]) > 0))
-
-
-def content_hash(volume: Volume) -> str:
-    """SHA-256 of shape and rounded HU in canonical orientation: the same however a scan is stored."""
-    digest = hashlib.sha256(repr(volume.array.shape).encode())
-    digest.update(as_int16(volume.array).tobytes())
-    return digest.hexdigest()
-
-
-def as_int16(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.int16:
-        return array
-    limits = np.iinfo(np.int16)
-    return np.rint(np.clip(array, limits.min, limits.max)).astype(np.int16)
 
 
 def coarser(volume: Volume, spacing: tuple[float, float, float]) -> Volume:
