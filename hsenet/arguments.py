@@ -10,7 +10,6 @@ import yaml
 from transformers import HfArgumentParser
 
 from hsenet.augmentation import AugmentationArguments
-from hsenet.publishing import check_repo_id
 
 
 @dataclass
@@ -104,8 +103,6 @@ class TrainingArguments:
             )
         if self.save_total_limit < 1:
             raise ValueError(f"save_total_limit should be at least 1, got {self.save_total_limit}.")
-        if self.push_to_hub is not None:
-            check_repo_id(self.push_to_hub)
 
 
 def parse_arguments(*dataclasses: type, argv: list[str] | None = None) -> tuple:

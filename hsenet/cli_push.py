@@ -13,6 +13,7 @@ def add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
     parser.add_argument("--revision", metavar="BRANCH", help="made if it does not exist (default: main)")
     parser.add_argument("--commit_message", metavar="TEXT", help='(default: "Upload model" or "Upload dataset")')
+    parser.add_argument("--evaluation", metavar="DIR", help="of a model: what train/evaluate.py wrote about it")
     parser.add_argument(
         "--identifiers",
         metavar="FILE",
@@ -33,6 +34,7 @@ def _run_push(
     public: bool,
     revision: str | None,
     commit_message: str | None,
+    evaluation: str | None,
     identifiers: Sequence[str],
     dry_run: bool,
     json: bool,
@@ -41,7 +43,10 @@ def _run_push(
 
     check_repo_id(repo_id)
     kind = "dataset" if dataset else "model"
-    publication = (dataset_publication if dataset else model_publication)(folder, repo_id, identifiers)
+    if dataset:
+        publication = dataset_publication(folder, repo_id, identifiers)
+    else:
+        publication = model_publication(folder, repo_id, evaluation, identifiers)
     outcome = {
         "repo_id": repo_id,
         "repo_type": kind,

@@ -26,7 +26,8 @@ from PIL import Image
 import reading_hsenet
 
 
-PATH, HOME, USER, MACHINE = "a local path", "the home folder", "the name of a user", "the name of this machine"
+PATH, HOME = "a local path", "the home or working folder"
+USER, MACHINE = "the name of a user", "the name of this machine"
 SALT, IDENTIFIER = "the key of pseudonyms", "an identifier of a patient or scan"
 DICOM_UID, DICOM_NAME, DICOM_FIELD = "a DICOM UID", "a person's name as DICOM writes it", "a field of a DICOM header"
 SCAN, HEADER = "the name of a scan's file", "words in the header of a scan"

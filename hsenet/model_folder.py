@@ -9,7 +9,7 @@ from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoProcessor, GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import logging
+from transformers.utils import is_accelerate_available, logging
 
 import modeling_hsenet
 
@@ -165,6 +165,8 @@ def _weight_problems(folder: Path) -> list[str]:
 
 def _loading_problems(folder: Path, model_type: str) -> list[str]:
     """What the installed classes say when they load it."""
+    if not is_accelerate_available():
+        raise ImportError("A model is checked with accelerate before it goes to the Hub: pip install hsenet[push]")
     verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -31,6 +31,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hsenet.confidential import Confidential
 from hsenet.model_folder import CARD, MODEL_FILES, matches, model_problems
+from hsenet.run_record import publishable
 
 
 DATASET_FILES = (
@@ -80,6 +81,7 @@ def push_model(
     revision: str | None = None,
     token: str | None = None,
     commit_message: str = "Upload model",
+    evaluation: str | Path | None = None,
     identifiers: Iterable[str | Path] = (),
 ) -> CommitInfo:
     """
@@ -91,6 +93,7 @@ def push_model(
             `private=False`.
         revision (`str`, *optional*): a branch, made if it does not exist; "main" without.
         token (`str`, *optional*): else the one of `hf auth login` or HF_TOKEN.
+        evaluation: the output directory of `train/evaluate.py`; `metrics.json` and `table.md` go, without paths.
         identifiers:
             Files with identifiers that nothing published may hold, one a line, beside those of `*.names.csv` in and
             beside the folder.
@@ -101,7 +104,7 @@ def push_model(
     Raises:
         [`PublishingError`]: the folder is incomplete or says what it must not, or the Hub refuses.
     """
-    publication = model_publication(folder, repo_id, identifiers)
+    publication = model_publication(folder, repo_id, evaluation, identifiers)
     return publish(
         publication, repo_id, private=private, revision=revision, token=token, commit_message=commit_message
     )
@@ -130,13 +133,20 @@ def push_dataset(
     )
 
 
-def model_publication(folder: str | Path, repo_id: str, identifiers: Iterable[str | Path] = ()) -> Publication:
+def model_publication(
+    folder: str | Path,
+    repo_id: str,
+    evaluation: str | Path | None = None,
+    identifiers: Iterable[str | Path] = (),
+) -> Publication:
     """What [`push_model`] would send; nothing is asked of the Hub."""
     folder = _folder(folder)
     _refuse(model_problems(folder), "The model is not complete")
     publication = _collect(folder, MODEL_FILES)
     if CARD not in publication.files:
         raise PublishingError("There is no README.md, the model's card: write one.")
+    if evaluation is not None:
+        publication.files |= _evaluation_files(Path(evaluation))
     _refuse_leaks(publication, folder, repo_id, identifiers)
     return publication
 
@@ -250,6 +260,15 @@ def _collect(folder: Path, patterns: tuple[str, ...]) -> Publication:
             f"{len(files)} files are more than the {MAX_FILES} that go into one commit: build it with larger shards."
         )
     return Publication(dict(sorted(files.items())), sorted(left_out), patterns)
+
+
+def _evaluation_files(folder: Path) -> dict[str, Path | bytes]:
+    if not (folder / "metrics.json").is_file():
+        raise PublishingError(
+            "The evaluation has no metrics.json: expected the output directory of train/evaluate.py."
+        )
+    metrics = publishable(json.loads((folder / "metrics.json").read_text()))
+    return {"metrics.json": json.dumps(metrics, indent=2).encode(), "table.md": folder / "table.md"}
 
 
 def _refuse(problems: list[str], what: str) -> None:

@@ -155,10 +155,12 @@ def test_strangers_load_what_was_pushed(hub, clients, folders, scan, tmp_path):
     expected = {"pinned": local(folders["first"]), "main": local(folders["second"])}
     expected["adapter"] = local(folders["first"], folders["first"] / "adapters/vqa")
     assert len(set(map(tuple, expected.values()))) == 3  # so that each could be another
-    first = push(clients, folders["first"], "someone/reports")
+    here = Path(shutil.copytree(folders["first"].parent, tmp_path / "here"))
+    first = push(clients, here / "first", "someone/reports")
     assert sum(name.endswith(".safetensors") for name in first["files"]) > 3
-    second = push(clients, folders["second"], "someone/reports")
-    push(clients, folders["clip"], "someone/retrieval")
+    second = push(clients, here / "second", "someone/reports")
+    push(clients, here / "clip", "someone/retrieval")
+    shutil.rmtree(here)
     assert all(hub.repositories[f"models/someone/{name}"].private for name in ("reports", "retrieval"))
 
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
@@ -193,6 +195,17 @@ def test_a_branch_of_its_own(hub, clients, folders):
     branch = push(clients, folders["second"], "someone/branches", "--revision", "trial")["revision"]
     assert hub.repositories["models/someone/branches"].branches == {"main": main, "trial": branch}
     assert "name of a branch" in refusal(clients, folders["first"], "someone/branches", "--revision", main)
+
+
+def test_an_evaluation_goes_without_its_paths(hub, clients, folders, tmp_path):
+    settings = {"dataset": str(tmp_path), "model": str(folders["first"]), "temperature": 1.0}
+    (tmp_path / "metrics.json").write_text(json.dumps({"settings": settings, "tasks": {"report": {"f1": 0.5}}}))
+    (tmp_path / "table.md").write_text("| task | f1 |\n|---|---|\n| report | 0.5 |\n")
+    push(clients, folders["first"], "someone/evaluated", "--evaluation", str(tmp_path))
+    files = hub.repositories["models/someone/evaluated"].files()
+    said = json.loads(files["metrics.json"])
+    assert said["tasks"] == {"report": {"f1": 0.5}} and said["settings"]["model"] == "first"
+    assert str(tmp_path).encode() not in files["metrics.json"] and b"0.5" in files["table.md"]
 
 
 def test_files_of_others_in_the_repository_stay(hub, clients, folders):
@@ -425,7 +438,7 @@ def clean(folders, clients, tmp_path_factory) -> tuple[Path, tuple[str, ...], di
         (in_picture, "curves.png", "the name of a user"),
         (in_card(f"On {MACHINE}."), "README.md", "the name of this machine"),
         (in_card(f"On {MACHINE.split('.')[0]}."), "README.md", "the name of this machine"),
-        (in_card(f"/elsewhere/{USER}"), "README.md", "the home folder"),
+        (in_card(f"/elsewhere/{USER}"), "README.md", "the home or working folder"),
         (in_card("key 0123456789abcdef0123456789abcdef"), "README.md", "the key of pseudonyms"),
         (in_card(f"Not {CANARIES[0]}, {CANARIES[2]}."), "README.md", "an identifier"),
         (in_json("data.json", f"{CANARIES[1]}_CT"), "data.json", "an identifier"),
