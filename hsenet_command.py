@@ -1,0 +1,91 @@
+# Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
+"""The command `hsenet`: which commands there are, and how each of them ends.
+
+It lies outside of the package, whose import takes seconds (PyTorch, transformers): `hsenet --help` should not. Each
+command's options are in `hsenet/cli_NAME.py`, which is imported when the command is called.
+"""
+
+import argparse
+import os
+import sys
+from importlib.metadata import version
+from pkgutil import resolve_name
+
+
+# Name: what adds its options to a parser, and help.
+COMMANDS = {
+    "convert": ("hsenet.cli_convert:add_convert", "released weights to a folder that AutoModel loads"),
+    "fingerprint": ("hsenet.cli_convert:add_fingerprint", "a short hash of what a saved model computes"),
+    "index": ("hsenet.cli_index:add_index", "embeddings of a dataset's volumes and reports, to search"),
+    "search": ("hsenet.cli_index:add_search", "volumes or reports of an index like a text, a volume or both"),
+    "push": ("hsenet.cli_push:add_push", "a model or a dataset to the Hub, whole and private"),
+}
+# Of packages that are not always there: the extra that installs them.
+EXTRAS = {
+    "accelerate": "train",
+    "bitsandbytes": "quantization",
+    "datasets": "train",
+    "evaluate": "eval",
+    "faiss": "search",
+    "fsspec": "train",
+    "matplotlib": "figures",
+    "nltk": "eval",
+    "nrrd": "nrrd",
+    "peft": "convert",
+    "psutil": "train",
+    "pyarrow": "train",
+    "pydicom": "dicom",
+    "rouge_score": "eval",
+    "sacrebleu": "eval",
+    "yaml": "train",
+}
+INTERRUPTED, USAGE = 130, 2  # as shells have it, and argparse
+
+
+class UsageError(ValueError):
+    """Options that do not go together."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 all done, 1 not all done, 2 wrong usage (raised by argparse as `SystemExit`), 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser("hsenet", description="3D CT vision-language models. Not a medical device.")
+    parser.add_argument("--version", action="version", version=f"hsenet {version('hsenet')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (add_options, what) in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        if name in argv[:1]:
+            try:
+                resolve_name(add_options)(command)
+            except ModuleNotFoundError as error:
+                return _failed(_missing(error))
+    options = vars(parser.parse_args(argv))
+    try:
+        return options.pop("run")(**options) or 0
+    except UsageError as error:
+        parser.error(str(error))
+    except ModuleNotFoundError as error:
+        return _failed(_missing(error))
+    except BrokenPipeError:  # whoever read our output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        return _failed(str(error))
+    except KeyboardInterrupt:
+        return _failed("interrupted", INTERRUPTED)
+
+
+def _failed(message: str, code: int = 1) -> int:
+    print(f"hsenet: {message}", file=sys.stderr)
+    return code
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return str(error)
+    return f'This command needs {package}, which is not installed: pip install "hsenet[{EXTRAS[package]}]".'
+
+
+if __name__ == "__main__":
+    sys.exit(main())
