@@ -5,6 +5,8 @@ import argparse
 import json as json_format
 from collections.abc import Sequence
 
+from hsenet_command import UsageError
+
 
 def add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="folder of a trained or converted model, or of a built dataset")
@@ -39,8 +41,10 @@ def _run_push(
     dry_run: bool,
     json: bool,
 ) -> None:
-    from hsenet.publishing import check_repo_id, dataset_publication, model_publication, publish
+    from hsenet.publishing import check_repo_id, dataset_publication, model_publication, publish  # takes seconds
 
+    if dataset and evaluation is not None:
+        raise UsageError("--evaluation is of a model, and --dataset says that DIR is none.")
     check_repo_id(repo_id)
     kind = "dataset" if dataset else "model"
     if dataset:

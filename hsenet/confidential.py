@@ -15,7 +15,7 @@ import re
 import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ _IS_PATH = re.compile(r"/[\w.~-]+/[\w.~-].*|~.*/.*|[A-Za-z]:[\\/].*|\\\\[\w.-]+\
 _UID = re.compile(r"(?<![\w.])[012](?:\.(?:0|[1-9]\d*)){7,}(?![\w.])")
 _PERSON = re.compile(r"[^\W\d_][^\W\d_'-]+\^[^\W\d_][^\W\d_'-]+")
 _SCAN = re.compile(r".*\.(?:nii|nii\.gz|dcm|nrrd|mha|mhd)", re.IGNORECASE | re.DOTALL)
+_SUFFIX = re.compile(r"\.(?:nii|gz|dcm|zip|nrrd|npy)\b", re.IGNORECASE)
 _DICOM_FIELDS = {
     "patientname", "patientid", "patientbirthdate", "accessionnumber", "studyinstanceuid", "seriesinstanceuid"
 }  # fmt: skip
@@ -63,7 +64,7 @@ class Confidential:
         homes: paths of folders: the user's home, what is published, the current one.
         users, machines: names, without those that are ordinary words.
         salts: keys of pseudonyms.
-        identifiers: of patients and scans, in lower case.
+        identifiers: of patients and scans, in lower case; those of several words with one blank between.
     """
 
     homes: frozenset[str]
@@ -118,10 +119,14 @@ class Confidential:
             kinds.add(HEADER)
         return sorted(kinds)
 
+    @cached_property
+    def _phrase_lengths(self) -> set[int]:
+        return {identifier.count(" ") + 1 for identifier in self.identifiers} - {1}
+
     def _known_in(self, text: str, is_vocabulary: bool) -> set[str]:
         kinds = {SALT for salt in self.salts if salt in text}
         kinds |= {HOME for home in self.homes if re.search(rf"(?<![\w.]){re.escape(home)}(?![\w-])", text)}
-        if self.identifiers and not self.identifiers.isdisjoint(_words(text)):
+        if self.identifiers and not self.identifiers.isdisjoint(_words(text) | _phrases(text, self._phrase_lengths)):
             kinds.add(IDENTIFIER)
         if not is_vocabulary:
             kinds |= {USER for user in self.users if _says(text, user)}
@@ -154,19 +159,24 @@ def _telling(names: set[str], ordinary: Iterable[str]) -> set[str]:
 
 def _identifiers(table: Path) -> Iterator[str]:
     """
-    Of a table of names, the files' stems and those of their folders that hold a digit, a caret or a comma: folders
-    such as "train" are nobody's. Of any other file, its lines.
+    Of a table of names, those of patients and studies, the files' stems, and those of their folders that hold a digit,
+    a caret or a comma: folders such as "train" are nobody's. Of any other file, its lines.
     """
     with table.open(newline="") as file:
-        if not table.name.endswith(".names.csv"):
-            yield from (line.strip().lower() for line in file if len(line.strip()) >= _SHORTEST)
-            return
-        for row in csv.DictReader(file):
-            *folders, stem = re.split(r"[/\\]", row["file"].lower())
-            stem = re.sub(r"\.(nii|gz|dcm|zip|nrrd|npy)\b", "", stem)
-            for part in (stem, *(folder for folder in folders if re.search(r"[\d^,]", folder))):
-                if len(part) >= _SHORTEST:
-                    yield part
+        found = _of_table(csv.DictReader(file)) if table.name.endswith(".names.csv") else map(str.strip, file)
+        for identifier in found:
+            words = re.findall(r"[^\W_]+", identifier) if re.search(r"[\s^,]", identifier) else [identifier]
+            # A short number is a number.
+            if len("".join(words)) >= (6 if identifier.isdigit() else _SHORTEST):
+                yield " ".join(words).lower()
+
+
+def _of_table(rows: Iterable[dict[str, str]]) -> Iterator[str]:
+    for row in rows:
+        yield from (row[column] for column in ("patient_id", "study_id") if row.get(column))
+        *folders, stem = re.split(r"[/\\]", row["file"])
+        yield _SUFFIX.sub("", stem)
+        yield from (folder for folder in folders if re.search(r"[\d^,]", folder))
 
 
 def _words(text: str) -> set[str]:
@@ -175,10 +185,16 @@ def _words(text: str) -> set[str]:
     coarse = re.split(r"[\s\"'`/\\,;:()\[\]{}<>=|]+", text)
     return {
         *coarse,
-        *(re.sub(r"\.(nii|gz|dcm|zip|nrrd|npy)\b", "", word) for word in coarse),
+        *(_SUFFIX.sub("", word) for word in coarse),
         *re.split(r"[^\w-]+", text),
         *re.split(r"[\W_]+", text),
     }
+
+
+def _phrases(text: str, lengths: Iterable[int]) -> set[str]:
+    """So many words in a row, in lower case, whatever stands between them."""
+    words = re.findall(r"[^\W_]+", text.lower()) if lengths else []
+    return {" ".join(words[start : start + n]) for n in lengths for start in range(len(words) - n + 1)}
 
 
 def _texts(name: str, content: Path | bytes) -> Iterator[str]:

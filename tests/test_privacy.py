@@ -4,6 +4,7 @@ A patient's name, record number, birth date and accession number lie wherever a 
 must be in nothing that is written or said, except the two files beside the dataset that are its owner's key.
 """
 
+import csv
 import gzip
 import json
 import os
@@ -125,7 +126,8 @@ def test_nothing_in_the_dataset_names_anybody(built, hospital):
     assert len(rows) == 7 and set(REPORT) <= rows[0].keys()
     assert len({row["patient_id"] for row in rows}) == 7
     assert sorted(row["age"] for row in rows) == [88, 89, *[90] * 5]
-    key = dict(line.split(",") for line in (built / "data.names.csv").read_text().splitlines()[1:])
+    with (built / "data.names.csv").open(newline="") as file:
+        key = {row["volume_name"]: row["file"] for row in csv.DictReader(file)}
     for row in rows:  # the key leads the owner back
         number = int(Path(key[row["volume_name"]]).parent.name.rpartition("_")[2])
         array, affine = corpora.scan(number)

@@ -5,6 +5,7 @@ What must not be published is planted in folders; uploads fail or their process 
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -181,6 +182,33 @@ def test_strangers_load_what_was_pushed(hub, clients, folders, scan, tmp_path):
     repository = hub.repositories["models/someone/reports"]
     assert set(repository.files()) == {*second["files"], ".gitattributes"}
     assert set(repository.files(first["revision"])) == {*first["files"], ".gitattributes"}
+
+
+ADAPTERS = """
+import json
+from transformers import AutoModel
+from hsenet.adapters import load_adapters
+repo, folder = arguments
+outputs = []
+for base, adapter in ((folder, f"{folder}/adapters/vqa"), (repo, f"{repo}/adapters/vqa")):
+    model = load_adapters(AutoModel.from_pretrained(base), {"vqa": adapter})
+    outputs.append({name: tensor.sum().item() for name, tensor in model.named_parameters()})
+assert any("lora_A.vqa" in name for name in outputs[0])
+print(outputs[0] == outputs[1])
+"""
+
+
+def test_the_package_takes_base_and_adapters_from_the_hub(clients, folders):
+    push(clients, folders["first"], "someone/with-adapters")
+    done = clients.run(ADAPTERS, "someone/with-adapters", folders["first"])
+    assert done.stdout.strip() == "True", done.stderr[-3000:]
+
+
+def test_documented_remote_code_is_pinned():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    calls = [call for page in pages for call in re.findall(r'from_pretrained\(\s*"[^"]+/[^)]*\)', page.read_text())]
+    from_hub = [call for call in calls if "trust_remote_code" in call and '"outputs/' not in call]
+    assert from_hub and not [call for call in from_hub if "revision=" not in call]
 
 
 def test_what_is_there_already_is_not_sent_again(hub, clients, folders):
@@ -415,8 +443,8 @@ def clean(folders, clients, tmp_path_factory) -> tuple[Path, tuple[str, ...], di
     for name in ("conversion.json", "data.json"):
         (root / "model" / name).write_text("{}")
     (root / "data.salt").write_text("0123456789abcdef0123456789abcdef")
-    names = "".join(f"v{number},{name}_CT/{name}.nii.gz\n" for number, name in enumerate(CANARIES))
-    (root / "data.names.csv").write_text(f"volume_name,file\n{names}")
+    names = "".join(f"v{number},{name}_CT/{name}.nii.gz,study 90,Eva^Ey\n" for number, name in enumerate(CANARIES))
+    (root / "data.names.csv").write_text(f"volume_name,file,study_id,patient_id\n{names}")
     (root / "list.txt").write_text("listed-1234\n")
     options = ("--identifiers", str(root / "list.txt"))
     environment = {"USER": USER, "LOGNAME": USER, "HOME": f"/elsewhere/{USER}"}
@@ -443,6 +471,7 @@ def clean(folders, clients, tmp_path_factory) -> tuple[Path, tuple[str, ...], di
         (in_card(f"Not {CANARIES[0]}, {CANARIES[2]}."), "README.md", "an identifier"),
         (in_json("data.json", f"{CANARIES[1]}_CT"), "data.json", "an identifier"),
         (in_json("data.json", "listed-1234"), "data.json", "an identifier"),
+        (in_card("Frau Eva Ey, 1947."), "README.md", "an identifier"),
         (in_json("data.json", "thorax 12.nii.gz"), "data.json", "the name of a scan's file"),
         (in_card("1.2.840.113619.2.55.3.604688119.969"), "README.md", "a DICOM UID"),
         (in_card("Zwanzig^Max"), "README.md", "a person's name"),

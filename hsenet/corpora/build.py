@@ -8,7 +8,7 @@ excluded.csv, leakage.json, preview/, README.md
 corpus                                 with --volumes reference: a link to the local copy, never uploaded
 
 With --deidentify, beside the folder and never uploaded: OUTPUT.salt, the key of the pseudonyms, and OUTPUT.names.csv,
-which volume is which file.
+which volume is which file of which study and patient. Uploads look for these names in what they send.
 """
 
 import argparse
@@ -198,7 +198,10 @@ def _without_names(plan: Plan, rows: list[dict], excluded: list[dict], output: P
     name = pseudonyms(output)
     renamed = [without_names(row, name) for row in rows]
     key = output.with_name(f"{output.name}.names.csv")
-    _write_table(key, [{"volume_name": row["volume_name"], "file": row["file"]} for row in renamed])
+    kept = ("file", "study_id", "patient_id")
+    pairs = zip(renamed, rows, strict=True)
+    table = [{"volume_name": new["volume_name"], **{name: old[name] for name in kept}} for new, old in pairs]
+    _write_table(key, table, ("volume_name", *kept))
     key.chmod(0o600)
     questions = plan.questions and (lambda: (without_names(question, name) for question in plan.questions()))
     return replace(plan, questions=questions), renamed, [without_names(row, name) for row in excluded]
@@ -234,7 +237,7 @@ def _counted(questions: Iterable[dict], counts: dict[str, int], split: str) -> I
         yield question
 
 
-def _write_table(path: Path, rows: list[dict[str, str]], columns: Sequence[str] = ("volume_name", "file")) -> None:
+def _write_table(path: Path, rows: list[dict[str, str]], columns: Sequence[str]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
