@@ -14,6 +14,8 @@ from pkgutil import resolve_name
 
 # Name: what adds its options to a parser, and help.
 COMMANDS = {
+    "report": ("hsenet.cli_report:add_report", "the report of one or more scans"),
+    "ask": ("hsenet.cli_report:add_ask", "questions about one scan, which is encoded once"),
     "convert": ("hsenet.cli_convert:add_convert", "released weights to a folder that AutoModel loads"),
     "fingerprint": ("hsenet.cli_convert:add_fingerprint", "a short hash of what a saved model computes"),
     "index": ("hsenet.cli_index:add_index", "embeddings of a dataset's volumes and reports, to search"),

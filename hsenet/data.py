@@ -11,16 +11,8 @@ from datasets import load_dataset
 from huggingface_hub import HfApi
 
 from hsenet.augmentation import VolumeAugmentation
+from hsenet.report_prompts import REPORT_PROMPTS
 from hsenet.volume_cache import VolumeCache
-
-
-# What asks for a report: training draws one a row and epoch, evaluation takes the first, as the paper's does.
-REPORT_PROMPTS = (
-    "Can you summarize with findings the images presented?",
-    "Write the report of this CT scan.",
-    "What does this chest CT show?",
-    "Describe the findings of this examination.",
-)
 
 
 def load_rows(

@@ -214,9 +214,7 @@ class EncodedScan:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _input_ids(self, question: str) -> torch.Tensor:
-        if not question.strip() or len(question) > MAX_QUESTION_CHARACTERS:
-            raise ValueError(f"Expected a question of 1 to {MAX_QUESTION_CHARACTERS} characters, got {len(question)}.")
-        prompt = self.processor.prompt(question)
+        prompt = prompt_for(self.processor, question)
         return self.processor.tokenize_prompts([prompt])["input_ids"].to(self.model.device)
 
     @property
@@ -264,6 +262,13 @@ class EncodedScan:
         return prefix, name, outputs[name]
 
 
+def prompt_for(processor: HSENetProcessor, question: str) -> str:
+    """The text that asks about a scan; a `ValueError` for a question that cannot be asked about any."""
+    if not question.strip() or len(question) > MAX_QUESTION_CHARACTERS:
+        raise ValueError(f"Expected a question of 1 to {MAX_QUESTION_CHARACTERS} characters, got {len(question)}.")
+    return processor.prompt(question)
+
+
 def read_with_warnings(source: Any, **read_options) -> tuple[Volume, list[str]]:
     """As `read_volume`, with its warnings as text instead of on the console."""
     with _READING, warnings.catch_warnings(record=True) as caught:
@@ -297,4 +302,4 @@ def _stripped(pieces: Iterator[str]) -> Iterator[str]:
             yield kept
 
 
-__all__ = ["EncodedScan", "load_generation_model", "read_with_warnings"]
+__all__ = ["EncodedScan", "load_generation_model", "prompt_for", "read_with_warnings"]

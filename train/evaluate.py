@@ -26,11 +26,11 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from hsenet.arguments import parse_arguments
 from hsenet.collators import ContrastiveCollator
-from hsenet.data import REPORT_PROMPTS
 from hsenet.digests import digest, model_digest
 from hsenet.metrics.labellers import ClassifierLabeller, RuleLabeller
 from hsenet.metrics.table import as_records
 from hsenet.metrics.tally import Tally
+from hsenet.report_prompts import REPORT_PROMPTS
 from hsenet.scoring import text
 from hsenet.scoring.figures import save_finding_bars, save_recall_curves
 from hsenet.scoring.floors import nearest_reports, question_floors

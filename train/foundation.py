@@ -34,8 +34,9 @@ from transformers import (
 
 from configuration_hsenet import HSENetVisionConfig
 from hsenet.arguments import DataArguments, TrainingArguments, parse_arguments
-from hsenet.data import REPORT_PROMPTS, SimilarLengthSampler, load_rows, one_per_study, report_text
+from hsenet.data import SimilarLengthSampler, load_rows, one_per_study, report_text
 from hsenet.losses import global_similarity, image_text_contrastive_loss
+from hsenet.report_prompts import REPORT_PROMPTS
 from hsenet.training import start, train
 from modeling_hsenet import HSENetVisionModel
 from processing_hsenet import HSENetImageProcessor

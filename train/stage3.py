@@ -23,10 +23,11 @@ from hsenet.adapters import lora_config
 from hsenet.arguments import DataArguments, TrainingArguments, parse_arguments
 from hsenet.augmentation import VolumeAugmentation
 from hsenet.collators import ReportCollator
-from hsenet.data import REPORT_PROMPTS, SimilarLengthSampler, VolumeRows, generation_rows, load_rows
+from hsenet.data import SimilarLengthSampler, VolumeRows, generation_rows, load_rows
 from hsenet.evaluation import evaluate_language_loss
 from hsenet.frozen_features import cache_patch_features
 from hsenet.language_model import LanguageModelArguments, load_language_model
+from hsenet.report_prompts import REPORT_PROMPTS
 from hsenet.training import push_trained, start, train
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration

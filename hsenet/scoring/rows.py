@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hsenet.data import REPORT_PROMPTS, load_rows, one_per_study, report_text
+from hsenet.data import load_rows, one_per_study, report_text
+from hsenet.report_prompts import REPORT_PROMPTS
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,238 @@
+"""The command line as its users meet it: text, JSON, files, exit codes, and nobody's name anywhere."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from scans import NAME, SPACING, write_nifti, write_series, zip_folder
+
+from hsenet.encoded_scan import EncodedScan, load_generation_model
+from hsenet_command import COMMANDS, main
+
+
+QUESTIONS = ["Is there a pericardial effusion?", "Is there a nodule of 12 mm in the left lower lobe?", "Describe."]
+NOTICE = "Research only, not a medical device"
+SHORT = ["--max_new_tokens", "8", "--device", "cpu"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def hsenet(*arguments, **settings) -> subprocess.CompletedProcess:
+    """In a fresh process, as a user does."""
+    command = [sys.executable, "-m", "hsenet_command", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **settings)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = tiny.generation_model()
+    model.save_pretrained(folder)
+    tiny.processor(model).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> dict[str, Path]:
+    """The same voxels in two formats, others, and a broken file; a patient's name in every path and header."""
+    folder = tmp_path_factory.mktemp("scans") / NAME
+    folder.mkdir()
+    array = np.rint(tiny.scan()).clip(-1024).astype(np.int16)
+    x, y, z = SPACING[::-1]
+    affine = np.diag([-x, -y, z, 1.0])
+    broken = write_nifti(folder / f"{NAME}_broken.nii.gz", array.transpose(2, 1, 0), affine)
+    broken.write_bytes(broken.read_bytes()[:-100])
+    (folder / "series").mkdir()
+    series = write_series(folder / "series", array)
+    return {
+        "nifti": write_nifti(folder / f"{NAME}.nii.gz", array.transpose(2, 1, 0), affine, descrip=NAME.encode()),
+        "turned": write_nifti(folder / f"{NAME}_2.nii.gz", array[:, ::-1].transpose(2, 1, 0), affine),
+        "series": series,
+        "zip": zip_folder(series, folder / f"{NAME}.zip"),
+        "broken": broken,
+        "missing": folder / "nowhere.nii.gz",
+    }
+
+
+def assert_nobody_is_named(*texts: str) -> None:
+    for text in texts:
+        assert "DOE" not in text and "JANE" not in text, text
+
+
+def lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_fresh_process_reports_scans_and_names_a_broken_one_by_its_number(model, scans, tmp_path):
+    order = [scans["nifti"], scans["broken"], scans["zip"], scans["missing"]]
+    run = hsenet("report", model, *order, *SHORT, "--json", "--output", tmp_path / "out")
+    assert run.returncode == 1, run.stderr
+    first, broken, zipped, missing = lines(run.stdout)
+    assert first["text"] and first["text"] == zipped["text"] and first["input"]["sha256"] == zipped["input"]["sha256"]
+    assert first["input"]["shape"] == [10, 40, 36] and first["input"]["spacing"] == list(SPACING)
+    assert first["model"]["id"] == "tiny" and len(first["model"]["weights_sha256"]) == 64
+    assert first["settings"]["seed"] == 0 and first["versions"]["torch"] and NOTICE in first["notice"]
+    assert set(first["seconds"]) == {"read", "encode", "write"} and all(first["seconds"].values())
+    assert [one["number"] for one in (first, broken, zipped, missing)] == [1, 2, 3, 4]
+    assert broken["error"]["type"] == "CorruptFileError" and missing["error"]["type"] == "MissingFileError"
+    errors = run.stderr.splitlines()
+    assert len(errors) == 2 and errors[0].startswith("hsenet: scan 2 of 4: ") and "scan 4 of 4" in errors[1]
+    kept = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    names = ["report.json", "report.txt", "run.json"]
+    assert [str(path.relative_to(tmp_path / "out")) for path in kept] == [
+        f"{folder}/{name}" for folder in ("0001", "0003") for name in names
+    ]
+    assert_nobody_is_named(run.stdout, run.stderr, *(path.read_text() for path in kept))
+
+
+def test_text_streams_and_is_what_json_says(model, scans):
+    text = hsenet("report", model, scans["turned"], *SHORT)
+    record = lines(hsenet("report", model, scans["turned"], *SHORT, "--json").stdout)[0]
+    assert text.returncode == 0 and text.stdout.rstrip("\n") == record["text"]
+    assert text.stderr.count(NOTICE) == 1
+    loaded = load_generation_model(model, device="cpu")
+    scan = EncodedScan.read(*loaded, scans["turned"])
+    answer = scan.ask("Can you summarize with findings the images presented?", max_new_tokens=8, do_sample=False)
+    assert record["answers"][0]["text"] == answer
+
+
+def test_manifest_beside_the_report_says_what_decided_it(model, scans, tmp_path, capsys):
+    output = tmp_path / "out"
+    options = ["--temperature", "0.7", "--seed", "3", "--output", str(output), "--series", "1.2.840.99", "--json"]
+    assert main(["report", model, str(scans["nifti"]), *SHORT, *options]) == 0
+    manifest = json.loads((output / "0001/run.json").read_text())
+    report = json.loads((output / "0001/report.json").read_text())
+    text = (output / "0001/report.txt").read_text()
+    assert manifest["settings"] == {
+        "max_new_tokens": 8,
+        "temperature": 0.7,
+        "seed": 3,
+        "device": "cpu",
+        "dtype": "float32",
+        "trust_remote_code": False,
+        "reading": {"series": "by its UID"},
+    }
+    assert manifest["report_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert text.startswith(NOTICE) and text.rstrip().endswith(report["text"].rstrip())
+    assert manifest["input"]["sha256"] and manifest["model"] and manifest["versions"]["hsenet"]
+    assert report["answers"][0]["question"] in manifest["questions"]
+    assert "name" not in manifest and lines(capsys.readouterr().out)[0]["text"] == report["text"]
+
+    assert main(["report", model, str(scans["nifti"]), *SHORT, "--output", str(output)]) == 1
+    assert "already holds 0001" in capsys.readouterr().err
+    options = ["--output", str(tmp_path / "named"), "--keep_names"]
+    assert main(["report", model, str(scans["nifti"]), *SHORT, *options]) == 0
+    assert json.loads((tmp_path / "named/0001/run.json").read_text())["name"] == f"{NAME}.nii.gz"
+
+
+def test_what_is_drawn_depends_on_the_seed_and_not_on_other_scans(model, scans, capsys):
+    def texts(*arguments) -> list[str]:
+        assert main(["report", model, *map(str, arguments), *SHORT, "--json", "--temperature", "2"]) == 0
+        return [record["text"] for record in lines(capsys.readouterr().out)]
+
+    turned = texts(scans["turned"])
+    assert texts(scans["nifti"], scans["turned"])[1:] == turned == texts(scans["turned"], "--seed", "0")
+    assert texts(scans["turned"], "--seed", "1") != turned
+
+
+def test_several_questions_encode_once(model, scans, capsys):
+    assert main(["ask", model, str(scans["turned"]), *QUESTIONS, *SHORT]) == 0
+    printed = capsys.readouterr().out
+    scan = EncodedScan.read(*load_generation_model(model, device="cpu"), scans["turned"])
+    answers = [scan.ask(question, max_new_tokens=8) for question in QUESTIONS]
+    assert main(["ask", model, str(scans["turned"]), *QUESTIONS, *SHORT, "--json"]) == 0
+    record = lines(capsys.readouterr().out)[0]
+    assert [one["text"] for one in record["answers"]] == answers
+    assert printed.rstrip("\n").count("> ") == 3 and all(f"> {question}\n" in printed for question in QUESTIONS)
+
+
+def test_questions_are_typed_one_a_line_until_the_end(model, scans, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTIONS[0]}\n\nand <image>?\n{QUESTIONS[1]}"))
+    assert main(["ask", model, str(scans["turned"]), *SHORT, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [one["question"] for one in lines(out)[0]["answers"]] == QUESTIONS[:2]
+    assert err.count("\n") == 1 and "Expected words only, got text with <image>" in err
+
+
+def test_control_tokens_are_refused_before_a_scan_is_read(model, scans, capsys):
+    assert main(["ask", model, str(scans["missing"]), "a <|endoftext|> b", *SHORT]) == 1
+    assert "Expected words only" in capsys.readouterr().err
+
+
+def test_figure_of_the_patch_scores(model, scans, tmp_path, capsys):
+    figure = tmp_path / "scores.png"
+    assert main(["report", model, str(scans["nifti"]), *SHORT, "--figure", str(figure)]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", model, str(scans["nifti"]), str(scans["turned"]), *SHORT, "--figure", str(figure)])
+    assert "--figure shows one scan, got 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (["--max_new_tokens", "0"], "expected 1 or more"),
+        (["--temperature", "-1"], "expected 0 or more"),
+        (["--hu_source", "guess"], "invalid choice"),
+    ],
+)
+def test_wrong_usage_ends_with_2(model, scans, wrong, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", model, str(scans["nifti"]), *wrong])
+    assert words in capsys.readouterr().err
+
+
+def test_other_mistakes_end_with_1_and_a_sentence(model, scans, tmp_path, capsys):
+    tiny.clip_model().save_pretrained(tmp_path / "clip")
+    for arguments, words in (
+        ([str(tmp_path / "clip"), str(scans["nifti"])], "Expected a model that writes (stage 3, hsenet)"),
+        ([model, str(scans["nifti"]), "--device", "nonsense"], "--device nonsense cannot be used here"),
+        ([model, str(scans["nifti"]), "--adapter", str(tmp_path)], "adapter_model.safetensors"),
+    ):
+        assert main(["report", *arguments]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("hsenet: ") and words in error and "Traceback" not in error
+
+
+def test_ctrl_c_ends_without_a_traceback(model, scans, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.readline", interrupt, raising=False)
+    assert main(["ask", model, str(scans["nifti"]), *SHORT]) == 130
+    assert capsys.readouterr().err.endswith("hsenet: interrupted\n")
+
+
+def test_text_of_a_model_cannot_steer_a_terminal():
+    from hsenet.report_record import printable
+
+    assert printable("a\x1b[31mb\x07\tc\n\u202ed\x9b1m") == "a[31mb\tc\nd1m"
+
+
+def test_help_is_there_at_once_and_for_each_command(capsys):
+    begin = time.perf_counter()
+    run = hsenet("--help")
+    assert run.returncode == 0 and time.perf_counter() - begin < 1.5  # importing the package takes longer
+    for name in COMMANDS:
+        assert name in run.stdout
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: hsenet {name}")
+    assert hsenet("repot").returncode == 2
+
+
+def test_a_missing_package_is_a_sentence_with_the_extra(model, scans):
+    code = "import sys; sys.modules['peft'] = None; from hsenet_command import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "report", model, str(scans["nifti"]), *SHORT, "--adapter", model]
+    run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert run.returncode == 1 and run.stderr.splitlines()[-1] == (
+        'hsenet: This command needs peft, which is not installed: pip install "hsenet[convert]".'
+    )
