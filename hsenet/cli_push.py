@@ -3,9 +3,13 @@
 
 import argparse
 import json as json_format
+from collections import Counter
 from collections.abc import Sequence
 
 from hsenet_command import UsageError
+
+
+MOST_LISTED = 40
 
 
 def add_push(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +85,9 @@ def _lines(outcome: dict) -> list[str]:
     return [*lines, outcome["url"], f'pin it with revision="{outcome["revision"]}"']
 
 
-def _listed(names: Sequence[str], most: int = 40) -> list[str]:
-    more = [f"  and {len(names) - most} more"] if len(names) > most else []
-    return [*(f"  {name}" for name in names[:most]), *more]
+def _listed(names: Sequence[str]) -> list[str]:
+    """One by one; of many, how many each folder has."""
+    if len(names) > MOST_LISTED:
+        counts = Counter(f"{name.rpartition('/')[0] or '.'}/" for name in names)
+        names = [f"{folder}: {count}" for folder, count in counts.items()]
+    return [f"  {name}" for name in names]

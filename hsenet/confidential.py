@@ -43,7 +43,7 @@ _SAYS_PATH = re.compile(
     r"|(?<![a-z])[a-z]:\\{1,2}(?:users|documents|home|data|temp|tmp|work|projects)\b",
     re.IGNORECASE,
 )
-_IS_PATH = re.compile(r"/[\w.~-]+/[\w.~-].*|~.*/.*|[A-Za-z]:[\\/].*|\\\\[\w.-]+\\.*", re.DOTALL)
+_IS_PATH = re.compile(r"/[\w.~-]+/[\w.~-].*|~(?:[a-z_][\w-]*)?/\S.*|[A-Za-z]:[\\/].*|\\\\[\w.-]+\\.*", re.DOTALL)
 _UID = re.compile(r"(?<![\w.])[012](?:\.(?:0|[1-9]\d*)){7,}(?![\w.])")
 _PERSON = re.compile(r"[^\W\d_][^\W\d_'-]+\^[^\W\d_][^\W\d_'-]+")
 _SCAN = re.compile(r".*\.(?:nii|nii\.gz|dcm|nrrd|mha|mhd)", re.IGNORECASE | re.DOTALL)

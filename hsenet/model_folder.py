@@ -75,7 +75,7 @@ def model_problems(folder: Path) -> list[str]:
     those of the files.
     """
     if not (folder / "config.json").exists():
-        return ["there is no config.json: expected a folder that `save_pretrained` wrote"]
+        return ["there is no config.json: expected a folder that `save_pretrained` wrote (a dataset needs --dataset)"]
     config = json.loads((folder / "config.json").read_text())
     if config.get("model_type") not in MODEL_TYPES:
         expected = ", ".join(MODEL_TYPES)
@@ -117,7 +117,7 @@ def _code_problems(folder: Path, config: dict) -> list[str]:
 
 
 def _references(folder: Path) -> set[str]:
-    """`module.Class` of all auto_maps in the folder."""
+    """`module.Class` of all auto_maps and pipelines in the folder."""
     found: set[str] = set()
 
     def collect(value: object) -> None:
@@ -128,6 +128,8 @@ def _references(folder: Path) -> set[str]:
                         one for entry in inside.values() for one in (entry if isinstance(entry, list) else [entry])
                     )
                     found.update(one.split("--")[-1] for one in both if one)
+                elif name == "custom_pipelines":
+                    found.update(pipeline["impl"] for pipeline in inside.values())
                 else:
                     collect(inside)
 

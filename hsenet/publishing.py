@@ -297,12 +297,12 @@ def _dataset_problems(folder: Path, publication: Publication) -> list[str]:
     """Every file that the card's configurations name is there."""
     if CARD not in publication.files:
         return ["there is no README.md, which a finished build writes last: build it to its end"]
-    problems = []
-    for config in DatasetCard.load(folder / CARD).data.to_dict().get("configs", []):
-        for entry in config["data_files"]:
-            if not any(matches(name, (entry["path"],)) for name in publication.files):
-                problems.append(f"the card names {entry['path']}, and there is no such file")
-    return problems
+    configs = DatasetCard.load(folder / CARD).data.to_dict().get("configs")
+    if not configs:
+        return ["the card has no configs: expected a folder that a program of datasets_scripts/ has built"]
+    named = [entry["path"] for config in configs for entry in config["data_files"]]
+    missing = [path for path in named if not any(matches(name, (path,)) for name in publication.files)]
+    return [f"the card names {path}, and there is no such file" for path in missing]
 
 
 def _check_login(api: HfApi) -> None:
