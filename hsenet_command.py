@@ -16,12 +16,16 @@ from pkgutil import resolve_name
 COMMANDS = {
     "report": ("hsenet.cli_report:add_report", "the report of one or more scans"),
     "ask": ("hsenet.cli_report:add_ask", "questions about one scan, which is encoded once"),
+    "embed": ("hsenet.cli_embed:add_embed", "embeddings of scans and texts, and how alike they are"),
+    "evaluate": ("hsenet.cli_evaluate:run_evaluate", "scores of trained models, each beside its floors"),
     "convert": ("hsenet.cli_convert:add_convert", "released weights to a folder that AutoModel loads"),
     "fingerprint": ("hsenet.cli_convert:add_fingerprint", "a short hash of what a saved model computes"),
     "index": ("hsenet.cli_index:add_index", "embeddings of a dataset's volumes and reports, to search"),
     "search": ("hsenet.cli_index:add_search", "volumes or reports of an index like a text, a volume or both"),
     "push": ("hsenet.cli_push:add_push", "a model or a dataset to the Hub, whole and private"),
 }
+# Commands that read their options themselves: `evaluate` has those of its settings and a file with more.
+OWN_OPTIONS = ("evaluate",)
 # Of packages that are not always there: the extra that installs them.
 EXTRAS = {
     "accelerate": "train",
@@ -54,15 +58,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("hsenet", description="3D CT vision-language models. Not a medical device.")
     parser.add_argument("--version", action="version", version=f"hsenet {version('hsenet')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (add_options, what) in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
-        if name in argv[:1]:
-            try:
-                resolve_name(add_options)(command)
-            except ModuleNotFoundError as error:
-                return _failed(_missing(error))
-    options = vars(parser.parse_args(argv))
     try:
+        if argv[:1] and argv[0] in OWN_OPTIONS:
+            return resolve_name(COMMANDS[argv[0]][0])(argv[1:]) or 0
+        for name, (add_options, what) in COMMANDS.items():
+            command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+            if argv[:1] == [name]:
+                resolve_name(add_options)(command)
+        options = vars(parser.parse_args(argv))
         return options.pop("run")(**options) or 0
     except UsageError as error:
         parser.error(str(error))

@@ -105,15 +105,21 @@ class TrainingArguments:
             raise ValueError(f"save_total_limit should be at least 1, got {self.save_total_limit}.")
 
 
-def parse_arguments(*dataclasses: type, argv: list[str] | None = None) -> tuple:
-    """Dataclasses from `--config file.yaml`, whose values become defaults, and from the command line, which wins."""
+def parse_arguments(*dataclasses: type, argv: list[str] | None = None, prog: str | None = None) -> tuple:
+    """
+    Dataclasses from `--config file.yaml`, whose values become defaults, and from the command line, which wins.
+
+    Args:
+        argv: default: that of the process.
+        prog: what the help calls the program; default: its file.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     settings = {}
     if "--config" in argv:
         position = argv.index("--config")
         settings = yaml.safe_load(Path(argv[position + 1]).read_text())
         del argv[position : position + 2]
-    parser = HfArgumentParser(dataclasses)
+    parser = HfArgumentParser(dataclasses, prog=prog)
     known = {action.dest for action in parser._actions}
     if unknown := sorted(set(settings) - known):
         raise ValueError(f"Unknown settings in the configuration file: {', '.join(unknown)}.")

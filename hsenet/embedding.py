@@ -48,19 +48,22 @@ class Embedder:
         self.max_length = min(positions, processor.tokenizer.model_max_length)
 
     @classmethod
-    def load(cls, model: str | Path) -> "Embedder":
+    def load(cls, model: str | Path, revision: str | None = None) -> "Embedder":
         """
         Args:
             model: folder or Hub id.
+            revision (`str`, *optional*): branch, tag or commit on the Hub.
 
         Raises:
             ValueError: it is a model of another kind, or a weight is missing.
         """
-        kind = AutoConfig.from_pretrained(model).model_type
+        location = {} if revision is None else {"revision": revision}
+        kind = AutoConfig.from_pretrained(model, **location).model_type
         if kind != HSENetCLIPModel.config_class.model_type:
             raise ValueError(f"Expected a contrastive model (stage 1 or 2, hsenet_clip), got one of type {kind}.")
         name = None if Path(model).is_dir() else str(model)
-        return cls(HSENetCLIPModel.from_pretrained(model), HSENetProcessor.from_pretrained(model), name)
+        processor = HSENetProcessor.from_pretrained(model, **location)
+        return cls(HSENetCLIPModel.from_pretrained(model, **location), processor, name)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:

@@ -117,12 +117,7 @@ class EncodedScan:
         self.model = model
         self.processor = processor
         self.warnings = list(warnings or [])
-        self.geometry = {
-            "shape": list(volume.array.shape),
-            "spacing": [round(millimetres, 4) for millimetres in volume.spacing],
-            "stored_orientation": volume.stored_orientation,
-            "hu_range": [float(volume.array.min()), float(volume.array.max())],
-        }
+        self.geometry = describe_geometry(volume)
         self.sha256 = content_hash(volume)
         tensors = processor.image_processor.process_volume(volume)
         inputs = {name: tensor.unsqueeze(0).to(model.device) for name, tensor in tensors.items()}
@@ -269,6 +264,16 @@ def prompt_for(processor: HSENetProcessor, question: str) -> str:
     return processor.prompt(question)
 
 
+def describe_geometry(volume: Volume) -> dict[str, Any]:
+    """What may be said of a scan to anybody: where its voxels lie and what values they have, and no name."""
+    return {
+        "shape": list(volume.array.shape),
+        "spacing": [round(millimetres, 4) for millimetres in volume.spacing],
+        "stored_orientation": volume.stored_orientation,
+        "hu_range": [float(volume.array.min()), float(volume.array.max())],
+    }
+
+
 def read_with_warnings(source: Any, **read_options) -> tuple[Volume, list[str]]:
     """As `read_volume`, with its warnings as text instead of on the console."""
     with _READING, warnings.catch_warnings(record=True) as caught:
@@ -302,4 +307,4 @@ def _stripped(pieces: Iterator[str]) -> Iterator[str]:
             yield kept
 
 
-__all__ = ["EncodedScan", "load_generation_model", "prompt_for", "read_with_warnings"]
+__all__ = ["EncodedScan", "describe_geometry", "load_generation_model", "prompt_for", "read_with_warnings"]

@@ -20,7 +20,8 @@ from hsenet.digests import model_digest
 from hsenet.fingerprint import FILE as FINGERPRINT
 
 
-NOTICE = "Research only, not a medical device: what follows was written by a model and may be wrong."
+RESEARCH_ONLY = "Research only, not a medical device"
+NOTICE = f"{RESEARCH_ONLY}: what follows was written by a model and may be wrong."
 TEXT, REPORT, MANIFEST = "report.txt", "report.json", "run.json"
 _PACKAGES = ("hsenet", "torch", "transformers", "numpy", "nibabel", "pydicom", "pynrrd", "peft")
 # Marks by which a text can show in another order than it is written.

@@ -12,7 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from scans import NAME, SPACING, write_nifti, write_series, zip_folder
+from transformers import AutoModel, AutoProcessor
 
 from hsenet.encoded_scan import EncodedScan, load_generation_model
 from hsenet_command import COMMANDS, main
@@ -173,6 +177,47 @@ def test_figure_of_the_patch_scores(model, scans, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["report", model, str(scans["nifti"]), str(scans["turned"]), *SHORT, "--figure", str(figure)])
     assert "--figure shows one scan, got 2" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    tiny.clip_model("slices").save_pretrained(folder)
+    tiny.HSENetProcessor(tiny.image_processor(), tiny.tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def test_embeddings_of_scans_and_texts(clip, scans, tmp_path, capsys):
+    output, texts = tmp_path / "embeddings.safetensors", ["Small nodule.", "No effusion."]
+    order = [str(scans[name]) for name in ("nifti", "broken", "turned", "series")]
+    options = ["--text", texts[0], "--text", texts[1], "--output", str(output), "--device", "cpu"]
+    assert main(["embed", clip, *order, *options, "--json"]) == 1
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    model, processor = AutoModel.from_pretrained(clip).eval(), AutoProcessor.from_pretrained(clip)
+    inputs = processor(volumes=[order[0], order[2]], text=texts, return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    tensors = load_file(output)
+    assert result["read"] == tensors["numbers"].tolist() == [1, 3, 4]
+    torch.testing.assert_close(tensors["volumes"][:2], outputs.image_embeds, atol=1e-4, rtol=0)  # of half precision
+    torch.testing.assert_close(tensors["texts"], outputs.text_embeds, atol=1e-5, rtol=0)
+    cosines = outputs.image_embeds @ outputs.text_embeds.T
+    np.testing.assert_allclose(result["text_similarity"][:2], cosines, atol=1e-4)
+    assert result["volume_similarity"][0][2] == pytest.approx(1, abs=1e-5)  # the same voxels
+    assert "error" in result["scans"][1] and "scan 2 of 4" in err
+    with safe_open(output, "pt") as file:
+        metadata = json.loads(file.metadata()["embeddings"])
+    assert metadata["scans"] == result["scans"] and metadata["texts"] == texts
+    assert_nobody_is_named(out, err, json.dumps(metadata))
+
+    assert main(["embed", clip, order[0], order[2], *options[:4], "--device", "cpu"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "text 1: Small nodule." and f"{result['text_similarity'][0][0]:+.3f}" in table[3]
+    assert main(["embed", clip, order[0], *options]) == 1 and "already there" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["embed", clip, order[0]])
+    assert main(["embed", clip, order[0], "--text", "a", "--hu_source", "ct-rate-v1"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from hsenet.digests import content_hash
 from hsenet.evaluation import evaluate_retrieval, generate_answers
 from hsenet.losses import global_similarity, image_text_contrastive_loss
 from hsenet.scans import read_scan
+from hsenet.scoring import program
 from hsenet.volume_cache import cache_volumes
 from reading_hsenet import UnsupportedImageError, Volume, read_volume
 
@@ -435,9 +436,6 @@ def test_programs_take_a_built_dataset(built, tmp_path):
 
 @pytest.mark.parametrize("name", ["v1", "bimcv_r", "radgenome"])
 def test_evaluation_with_and_without_questions_and_labels(built, name, tmp_path):
-    spec = importlib.util.spec_from_file_location("evaluate", SCRIPTS.parent / "train/evaluate.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
     model = tiny.generation_model()
     model.save_pretrained(tmp_path / "model")
     tiny.processor(model).save_pretrained(tmp_path / "model")
@@ -450,7 +448,7 @@ def test_evaluation_with_and_without_questions_and_labels(built, name, tmp_path)
         cache_dir=str(tmp_path / "cache"),
         max_new_tokens=4,
     )
-    program.main(arguments)
+    program.evaluate(arguments)
     metrics = json.loads((tmp_path / "evaluation/metrics.json").read_text())
     assert metrics["num_studies"] >= 1 and metrics["model"]["report"]["num_reports"] == metrics["num_studies"]
     assert metrics["num_questions"] == (4 if name == "radgenome" else 0)

@@ -1,7 +1,6 @@
 """`train/evaluate.py` on phantoms with tiny models: the same numbers however it is run, and what it leaves behind."""
 
 import copy
-import importlib.util
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from hsenet.digests import model_digest
 from hsenet.metrics import RuleLabeller, retrieval_tally
 from hsenet.metrics.verdict import DOES_NOT_DEPEND
 from hsenet.phantom import CT_RATE_LABELS
+from hsenet.scoring import program
 from hsenet.scoring.floors import age_and_sex_labels, constant_for_bleu, nearest_reports
 from hsenet.scoring.output import scorer_of
 from hsenet.scoring.retrieval import compare_queries, save_queries, score_embeddings
@@ -36,6 +36,7 @@ from hsenet.scoring.rows import patient_of
 from hsenet.scoring.tallies import ReportTask, question_tallies
 from hsenet.scoring.volumes import BlankVolumes, shuffled_rows
 from hsenet.scoring.work import Generation, answers_to, embeddings_of, share_out
+from hsenet_command import main
 from processing_hsenet import HSENetProcessor
 
 
@@ -73,23 +74,14 @@ def settings(workspace: Path, output: str, **changes) -> dict:
     }
 
 
-@pytest.fixture(scope="module")
-def program():
-    spec = importlib.util.spec_from_file_location("evaluate_program", ROOT / "train" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def evaluate(program, workspace: Path, output: str, **changes) -> dict:
-    program.main(program.EvaluationArguments(**settings(workspace, output, **changes)))
+def evaluate(workspace: Path, output: str, **changes) -> dict:
+    program.evaluate(program.EvaluationArguments(**settings(workspace, output, **changes)))
     return json.loads((workspace / output / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def metrics(program, workspace) -> dict:
-    return evaluate(program, workspace, "one")
+def metrics(workspace) -> dict:
+    return evaluate(workspace, "one")
 
 
 def test_every_system_stands_beside_the_floors(metrics, workspace):
@@ -167,18 +159,20 @@ def test_two_processes_give_the_same_numbers(metrics, workspace):
     assert outputs(workspace / "two") == outputs(workspace / "one")
 
 
-def test_a_run_that_was_cut_off_goes_on(program, metrics, workspace):
+def test_a_run_that_was_cut_off_goes_on(metrics, workspace):
     shutil.copytree(workspace / "one", workspace / "resumed")
     parts = sorted(path for path in (workspace / "resumed/parts").rglob("*") if path.is_file())
     for path in parts[::3]:
         path.unlink()
     before = {path: path.stat().st_mtime_ns for path in parts[1::3]}
-    evaluate(program, workspace, "resumed")
+    config = workspace / "resumed.yaml"
+    config.write_text(yaml.safe_dump(settings(workspace, "resumed")))
+    assert main(["evaluate", "--config", str(config)]) == 0  # the command line, which runs the same
     assert outputs(workspace / "resumed") == outputs(workspace / "one")
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 
 
-def test_a_run_that_is_killed_again_and_again_gives_the_same_bytes(program, metrics, workspace):
+def test_a_run_that_is_killed_again_and_again_gives_the_same_bytes(metrics, workspace):
     output = workspace / "killed"
     config = workspace / "killed.yaml"
     config.write_text(yaml.safe_dump(settings(workspace, "killed")))
@@ -195,7 +189,7 @@ def test_a_run_that_is_killed_again_and_again_gives_the_same_bytes(program, metr
         kills += process.wait() == -signal.SIGKILL
     assert kills == 2 and not (output / "metrics.json").exists()
     before = {path: path.stat().st_mtime_ns for path in finished(output)}
-    evaluate(program, workspace, "killed")
+    evaluate(workspace, "killed")
     assert outputs(output) == outputs(workspace / "one")
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())  # nothing is done twice
 
@@ -204,7 +198,7 @@ def finished(output: Path) -> list[Path]:
     return [path for path in (output / "parts").rglob("*") if path.is_file() and not path.suffix]
 
 
-def test_ids_and_a_baseline(program, metrics, workspace, tmp_path):
+def test_ids_and_a_baseline(metrics, workspace, tmp_path):
     written = [json.loads(line) for line in (workspace / "one/predictions.jsonl").read_text().splitlines()]
     names = [row["volume_name"] for row in written if row["question_type"] == "report"][:6]
     assert set(names) < set((workspace / "one/ids.txt").read_text().split())
@@ -214,7 +208,7 @@ def test_ids_and_a_baseline(program, metrics, workspace, tmp_path):
     names_of = dict(enumerate(CT_RATE_LABELS))
     classifier, encoder = tiny.bert(tmp_path / "reader", id2label=names_of), tiny.bert(tmp_path / "encoder")
     chosen = evaluate(
-        program, workspace, "chosen", ids=str(tmp_path / "ids.txt"), baseline=str(workspace / "one"),
+        workspace, "chosen", ids=str(tmp_path / "ids.txt"), baseline=str(workspace / "one"),
         all_reconstructions=False, labeller=classifier, bert_score_model=encoder, bert_score_layer=1, **changes,
     )  # fmt: skip
     predicted = [json.loads(line) for line in (workspace / "chosen/predictions.jsonl").read_text().splitlines()]
@@ -226,16 +220,16 @@ def test_ids_and_a_baseline(program, metrics, workspace, tmp_path):
     assert str(tmp_path) not in json.dumps([chosen["results"], chosen["model_index"]])
     (tmp_path / "ids.txt").write_text("nobody")
     with pytest.raises(ValueError, match="1 of 1 ids are not in the split, the first in line 1"):
-        evaluate(program, workspace, "nobody", ids=str(tmp_path / "ids.txt"), **changes)
+        evaluate(workspace, "nobody", ids=str(tmp_path / "ids.txt"), **changes)
 
 
-def test_a_list_is_the_pool_siblings_and_all_and_retrieval_is_compared(program, metrics, workspace, tmp_path):
+def test_a_list_is_the_pool_siblings_and_all_and_retrieval_is_compared(metrics, workspace, tmp_path):
     pool = (workspace / "one/ids.txt").read_text().split()
     (tmp_path / "ids.txt").write_text("\n".join([*pool, ""]))
     changes = {"model": None, "stage2": None, "all_reconstructions": False, "ids": str(tmp_path / "ids.txt")}
     with pytest.raises(ValueError, match="no stage1 retrieval"):
-        evaluate(program, workspace, "listed", baseline=str(workspace / "chosen"), **changes)
-    listed = evaluate(program, workspace, "listed", baseline=str(workspace / "one"), **changes)
+        evaluate(workspace, "listed", baseline=str(workspace / "chosen"), **changes)
+    listed = evaluate(workspace, "listed", baseline=str(workspace / "one"), **changes)
     assert (
         listed["ids_digest"] == metrics["ids_digest"] and listed["stage1 study-level"] == metrics["stage1 study-level"]
     )
@@ -243,10 +237,10 @@ def test_a_list_is_the_pool_siblings_and_all_and_retrieval_is_compared(program, 
     assert all(record["difference"] in (0, None) for record in listed["baseline"])
     (tmp_path / "ids.txt").write_text("\n".join(pool[::-1]))
     with pytest.raises(ValueError, match="among other volumes"):
-        evaluate(program, workspace, "listed", baseline=str(workspace / "one"), **changes)
+        evaluate(workspace, "listed", baseline=str(workspace / "one"), **changes)
     (tmp_path / "ids.txt").write_text("\n".join([*pool, pool[0]]))
     with pytest.raises(ValueError, match=f"1 of {len(pool) + 1} ids repeat"):
-        evaluate(program, workspace, "listed", **changes)
+        evaluate(workspace, "listed", **changes)
 
 
 def test_a_better_model_is_better_than_its_baseline(tmp_path):
