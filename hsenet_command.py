@@ -18,6 +18,7 @@ COMMANDS = {
     "ask": ("hsenet.cli_report:add_ask", "questions about one scan, which is encoded once"),
     "embed": ("hsenet.cli_embed:add_embed", "embeddings of scans and texts, and how alike they are"),
     "evaluate": ("hsenet.cli_evaluate:run_evaluate", "scores of trained models, each beside its floors"),
+    "doctor": ("hsenet_doctor:add_doctor", "what is installed, whether a model is whole, and whether all works"),
     "convert": ("hsenet.cli_convert:add_convert", "released weights to a folder that AutoModel loads"),
     "fingerprint": ("hsenet.cli_convert:add_fingerprint", "a short hash of what a saved model computes"),
     "index": ("hsenet.cli_index:add_index", "embeddings of a dataset's volumes and reports, to search"),
@@ -86,6 +87,11 @@ def _failed(message: str, code: int = 1) -> int:
 
 
 def _missing(error: ModuleNotFoundError) -> str:
+    cause = error
+    while cause is not None:  # transformers raises this one for all that went wrong while it was imported
+        if "torchvision::" in str(cause):
+            return "torchvision does not fit PyTorch, so that transformers cannot be imported: see `hsenet doctor`."
+        cause = cause.__cause__
     package = (error.name or "").partition(".")[0]
     if package not in EXTRAS:
         return str(error)

@@ -67,12 +67,15 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     )
 
 
-def model_problems(folder: Path) -> list[str]:
+def model_problems(folder: Path, *, same_code: bool = True) -> list[str]:
     """
     What a stranger would lack, in words; empty if the folder is complete and loads.
 
     The model is built without memory for its weights (on the meta device): their names and shapes are compared with
     those of the files.
+
+    Args:
+        same_code (`bool`): whether the code that lies beside the weights has to be the installed package's.
     """
     if not (folder / "config.json").exists():
         return ["there is no config.json: expected a folder that `save_pretrained` wrote (a dataset needs --dataset)"]
@@ -80,7 +83,7 @@ def model_problems(folder: Path) -> list[str]:
     if config.get("model_type") not in MODEL_TYPES:
         expected = ", ".join(MODEL_TYPES)
         return [f"config.json says model_type {config.get('model_type')!r}: expected one of {expected}"]
-    problems = [*_code_problems(folder, config), *_weight_problems(folder)]
+    problems = [*(_code_problems(folder, config) if same_code else ()), *_weight_problems(folder)]
     if config["model_type"] != "hsenet_vision":
         problems += _missing(folder, "processor_config.json", "tokenizer.json", "tokenizer_config.json")
     if config["model_type"] == "hsenet":

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import tiny
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scans import NAME, SPACING, write_nifti, write_series, zip_folder
 from transformers import AutoModel, AutoProcessor
 
@@ -96,9 +97,10 @@ def test_a_fresh_process_reports_scans_and_names_a_broken_one_by_its_number(mode
     assert_nobody_is_named(run.stdout, run.stderr, *(path.read_text() for path in kept))
 
 
-def test_text_streams_and_is_what_json_says(model, scans):
+def test_text_streams_and_is_what_json_says(model, scans, capsys):
     text = hsenet("report", model, scans["turned"], *SHORT)
-    record = lines(hsenet("report", model, scans["turned"], *SHORT, "--json").stdout)[0]
+    assert main(["report", model, str(scans["turned"]), *SHORT, "--json"]) == 0
+    record = lines(capsys.readouterr().out)[0]
     assert text.returncode == 0 and text.stdout.rstrip("\n") == record["text"]
     assert text.stderr.count(NOTICE) == 1
     loaded = load_generation_model(model, device="cpu")
@@ -274,10 +276,97 @@ def test_help_is_there_at_once_and_for_each_command(capsys):
     assert hsenet("repot").returncode == 2
 
 
-def test_a_missing_package_is_a_sentence_with_the_extra(model, scans):
-    code = "import sys; sys.modules['peft'] = None; from hsenet_command import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "report", model, str(scans["nifti"]), *SHORT, "--adapter", model]
-    run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert run.returncode == 1 and run.stderr.splitlines()[-1] == (
-        'hsenet: This command needs peft, which is not installed: pip install "hsenet[convert]".'
+def test_a_missing_package_is_a_sentence_with_the_extra(model, scans, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "hsenet.adapters", raising=False)
+    assert main(["report", model, str(scans["nifti"]), *SHORT, "--adapter", model]) == 1
+    assert capsys.readouterr().err == (
+        'hsenet: This command needs peft, which is not installed: pip install "hsenet[convert]".\n'
     )
+
+
+def doctor(*arguments, **environment) -> tuple[int, dict[str, dict]]:
+    """Exit code, and the checks by name; a broken one wins over others of its name."""
+    command = [sys.executable, "-m", "hsenet_command", "doctor", *map(str, arguments), "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment}, timeout=120)
+    result = json.loads(run.stdout)
+    problems = [check for check in result["checks"] if check["state"] == "problem"]
+    assert len(problems) == result["problems"] and all(check["remedy"] for check in problems)
+    return run.returncode, {check["name"]: check for check in [*result["checks"], *problems]}
+
+
+def checks(capsys, *arguments) -> tuple[int, dict[str, dict]]:
+    """The same in this process."""
+    code = main(["doctor", *arguments, "--device", "cpu", "--json"])
+    return code, {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+
+
+def test_doctor_of_a_sound_installation(clip, capsys):
+    code, found = doctor("--device", "cpu")
+    assert code == 0 and found["torch"]["found"] == torch.__version__.partition("+")[0]
+    assert "reported on" in found["smoke test"]["found"] and found["extra dicom"]["state"] == "ok"
+    assert {"processor", "memory", "accelerator", "bfloat16", "disk", "torchvision"} <= set(found)
+    assert "Hub" not in found
+    code, found = checks(capsys, clip)
+    assert code == 0 and found["model files"]["found"].startswith("complete")
+    assert "compared with a text" in found["smoke test"]["found"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "a weight is missing", "numbers"])
+def test_doctor_finds_damaged_weights(model, damage, tmp_path, capsys):
+    folder = tmp_path / "damaged"
+    shutil.copytree(model, folder)
+    file = folder / "model.safetensors"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        tensors = load_file(file)
+        name = "model.global_encoder.norm.weight"
+        if damage == "numbers":
+            tensors[name][3] = float("nan")
+        else:
+            del tensors[name]
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert main(["doctor", str(folder), "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    expected = {"cut": "not a whole safetensors file", "numbers": "damaged"}
+    assert expected.get(damage, "norm.weight") in out and "PROBLEM" in out and "->" in out
+    assert out.endswith("1 problem found\n")
+
+
+def test_doctor_compares_with_the_fingerprint(model, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    assert main(["fingerprint", str(folder)]) == 0
+    capsys.readouterr()
+    assert checks(capsys, str(folder), "--check")[0] == 0
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] *= 1.01
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    code, found = checks(capsys, str(folder))
+    assert code == 0 and "reported on" in found["smoke test"]["found"]  # sound, but another
+    code, found = checks(capsys, str(folder), "--check")
+    assert code == 1 and "no longer computes" in found["fingerprint"]["found"]
+
+
+def test_doctor_knows_a_torchvision_that_does_not_fit(tmp_path):
+    """What a torchvision beside another build of PyTorch does, by one that says the same."""
+    (tmp_path / "torchvision").mkdir()
+    code = "raise RuntimeError('operator torchvision::nms does not exist')"
+    (tmp_path / "torchvision/__init__.py").write_text(code)
+    (tmp_path / "torchvision-0.99.0.dist-info").mkdir()
+    (tmp_path / "torchvision-0.99.0.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.99.0\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    code, found = doctor(PYTHONPATH=path)
+    assert code == 1 and "nms does not exist" in found["torchvision"]["found"]
+    assert "pip uninstall torchvision" in found["torchvision"]["remedy"]
+    assert found["package"]["state"] == "problem" and "smoke test" not in found
+    run = subprocess.run(
+        [sys.executable, "-m", "hsenet_command", "report", "a", "b"],
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, "PYTHONPATH": path},
+    )
+    assert run.returncode == 1 and "hsenet doctor" in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr

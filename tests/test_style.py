@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HUB_FILES = sorted(ROOT.glob("*_hsenet.py"))
-SHIPPED = [ROOT / "hsenet_command.py"] + sorted(
+SHIPPED = [ROOT / "hsenet_command.py", ROOT / "hsenet_doctor.py"] + sorted(
     path
     for folder in ("hsenet", "train", "datasets_scripts", "examples", "benchmarks")
     for path in (ROOT / folder).rglob("*.py")
