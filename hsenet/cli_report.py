@@ -26,6 +26,7 @@ from hsenet.cli_scan import (
     say,
     without_uid,
 )
+from hsenet.digests import model_digest
 from hsenet.encoded_scan import EncodedScan, load_generation_model, prompt_for, read_with_warnings
 from hsenet.report_prompts import REPORT_PROMPTS
 from hsenet.report_record import (
@@ -35,6 +36,7 @@ from hsenet.report_record import (
     library_versions,
     model_identity,
     printable,
+    public_id,
     report_folder,
     write_record,
 )
@@ -229,7 +231,7 @@ def _load(
         from hsenet.adapters import load_adapters, merge_adapter  # needs PEFT
 
         model = merge_adapter(load_adapters(model, {"adapter": adapter}), "adapter").eval()
-        identity["adapter"] = model_identity(adapter, model)
+        identity |= {"adapter": public_id(adapter), "merged_weights_sha256": model_digest(model)}
     settings = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

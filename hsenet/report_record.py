@@ -28,6 +28,11 @@ _PACKAGES = ("hsenet", "torch", "transformers", "numpy", "nibabel", "pydicom", "
 _BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
+def public_id(source: str) -> str:
+    """A Hub id as it is; of a local folder its own name, not where it lies."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
 def model_identity(source: str, model: PreTrainedModel) -> dict[str, Any]:
     """
     Which model it was: of a Hub id its commit, of a folder its name and what tells its weights from others.
@@ -36,8 +41,8 @@ def model_identity(source: str, model: PreTrainedModel) -> dict[str, Any]:
     """
     folder = Path(source)
     if not folder.is_dir():
-        return {"id": source, "revision": getattr(model.config, "_commit_hash", None)}
-    identity = {"id": folder.resolve().name, "revision": None}
+        return {"id": public_id(source), "revision": getattr(model.config, "_commit_hash", None)}
+    identity = {"id": public_id(source), "revision": None}
     if (stored := folder / FINGERPRINT).exists():
         return {**identity, "fingerprint": json.loads(stored.read_text())["hash"]}
     return {**identity, "weights_sha256": model_digest(model)}

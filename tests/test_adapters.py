@@ -2,6 +2,8 @@
 
 import json
 
+import nibabel
+import numpy as np
 import pytest
 import released
 import tiny
@@ -16,6 +18,7 @@ from hsenet.adapters import load_adapters, merge_adapter
 from hsenet.conversion_vlm import convert_vlm, convert_vlm_adapter
 from hsenet.fingerprint import check_fingerprint
 from hsenet.name_table import ConversionError
+from hsenet_command import main
 
 
 WINDOW = (1, 2, 2)
@@ -204,3 +207,20 @@ def test_options_that_do_not_go_together(folder, tmp_path, capsys):
     torch.save({"a": torch.ones(1)}, tmp_path / "other.bin")
     with pytest.raises(ConversionError, match="no tensor named .*lora_A"):
         convert_vlm_adapter(tmp_path / "other.bin", tmp_path / "x", base=folder / "base")
+
+
+def test_the_command_line_takes_an_adapter(folder, tmp_path, capsys):
+    path = tmp_path / "scan.nii.gz"
+    array = np.rint(tiny.scan(shape=(40, 80, 80))).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(array.transpose(2, 1, 0), np.diag([-2.0, -2.0, 5.0, 1.0])), path)
+
+    def report(model: str, *options: str) -> dict:
+        command = ["report", str(folder / model), str(path), "--max_new_tokens", "12", "--json", *options]
+        assert main(command) == 0
+        return json.loads(capsys.readouterr().out)
+
+    merged = report("merged")
+    adapted = report("base", "--adapter", str(folder / "base/adapters/vqa"))
+    assert adapted["text"] == merged["text"] != report("base")["text"]
+    assert adapted["model"]["id"] == "base" and adapted["model"]["adapter"] == "vqa"
+    assert adapted["model"]["merged_weights_sha256"] != adapted["model"].get("weights_sha256")
