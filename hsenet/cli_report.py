@@ -130,6 +130,8 @@ def _run(
             failed += 1
             refuse(number, len(scans), error, json=json)
             continue
+        if not record["answers"] and not sys.stdin.isatty():
+            raise UsageError("no question was given, nor read from standard input")
         if keep_names:
             record["name"] = base_name(scan)
         if output:

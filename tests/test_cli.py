@@ -167,6 +167,13 @@ def test_questions_are_typed_one_a_line_until_the_end(model, scans, capsys, monk
     assert err.count("\n") == 1 and "Expected words only, got text with <image>" in err
 
 
+def test_no_question_at_all_is_wrong_usage(model, scans, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(SystemExit, match="2"):
+        main(["ask", model, str(scans["turned"]), *SHORT])
+    assert "no question was given" in capsys.readouterr().err
+
+
 def test_control_tokens_are_refused_before_a_scan_is_read(model, scans, capsys):
     assert main(["ask", model, str(scans["missing"]), "a <|endoftext|> b", *SHORT]) == 1
     assert "Expected words only" in capsys.readouterr().err

@@ -64,9 +64,11 @@ def test_answers_are_those_of_generate(loaded, tmp_path, settings):
     assert scan.ask(QUESTIONS[0], max_new_tokens=12, **settings) == answers[0]  # the first cache is as it was
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "gemma2", "gpt_neox", "lfm2"])
 def test_other_language_models_too(file, model_type):
     changes = {"sliding_window": 8} if model_type in ("mistral", "gemma2") else {}
+    if model_type == "lfm2":  # with convolutions, whose state is a part of the cache
+        changes = {"layer_types": ["conv", "full_attention"]}
     text = tiny.text_config(model_type, **changes)
     if model_type == "gpt_neox":
         del text["num_key_value_heads"]

@@ -574,3 +574,36 @@ def test_a_volume_of_another_copy_of_the_reader_is_taken():
     expected = tiny.image_processor()(tiny.scan(), spacing=SPACING, return_tensors="pt")
     outputs = tiny.image_processor()(volume, return_tensors="pt")
     assert torch.equal(outputs["pixel_values"], expected["pixel_values"])
+
+
+# Text injection
+
+PIECES = (
+    *("<image>", "<|end|>", "<|endoftext|>", "<|assistant|>", "[PAD]", "<ima", "ge>", "<|", "|>", "end", "\u202e"),
+    *("\x1b[31m", "\uff1cimage\uff1e", "{{ bos_token }}", "{% endfor %}", "\x00", " ", "\n", "is there a nodule?"),
+)
+
+
+@pytest.mark.parametrize("style", ["plain", "chat"])
+def test_no_question_adds_a_control_token(style):
+    """200 questions of such pieces: each is refused, or its prompt has the control tokens of any other's."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<|end|>", "<|user|>", "<|assistant|>"])
+    tokenizer.chat_template = PHI_TEMPLATE
+    processor = HSENetProcessor(tiny.image_processor(), tokenizer, image_seq_length=TOKENS, prompt_style=style)
+    control = torch.tensor(sorted(tokenizer.added_tokens_decoder))
+
+    def control_tokens(question: str) -> list[int]:
+        ids = processor.tokenize_prompts([processor.prompt(question)])["input_ids"][0]
+        return ids[torch.isin(ids, control)].tolist()
+
+    expected, generator, refused = control_tokens("What is seen?"), np.random.default_rng(0), 0
+    assert expected.count(processor.image_token_id) == TOKENS
+    for _ in range(200):
+        question = "".join(generator.choice(PIECES, size=generator.integers(1, 6)))
+        try:
+            assert control_tokens(question) == expected, repr(question)
+        except ValueError as error:
+            assert "Expected words only" in str(error)
+            refused += 1
+    assert 50 < refused < 190
