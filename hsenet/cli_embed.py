@@ -64,7 +64,7 @@ def _run_embed(
     where, reading = chosen_device(device), read_options(options)
     embedder = Embedder.load(model, revision)
     embedder.model.to(where)
-    identity = model_identity(model, embedder.model)
+    identity = model_identity(model, embedder.model, revision)
     records, embeddings = [], []
     for number, scan in numbered(scans, json=json):
         try:

@@ -228,7 +228,7 @@ def _load(
     model, processor = load_generation_model(
         source, revision=revision, device=where, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    identity = model_identity(source, model)
+    identity = model_identity(source, model, revision)
     if adapter:
         from hsenet.adapters import load_adapters, merge_adapter  # needs PEFT
 

@@ -14,7 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from hsenet.digests import model_digest
 from hsenet.fingerprint import FILE as FINGERPRINT
@@ -33,15 +35,18 @@ def public_id(source: str) -> str:
     return Path(source).resolve().name if Path(source).is_dir() else source
 
 
-def model_identity(source: str, model: PreTrainedModel) -> dict[str, Any]:
+def model_identity(source: str, model: PreTrainedModel, revision: str | None = None) -> dict[str, Any]:
     """
-    Which model it was: of a Hub id its commit, of a folder its name and what tells its weights from others.
+    Which model it was: of a Hub id the commit it was loaded from, of a folder its name and what tells its weights from
+    others.
 
     The stored fingerprint, where there is one, spares the hash of all weights.
     """
     folder = Path(source)
     if not folder.is_dir():
-        return {"id": public_id(source), "revision": getattr(model.config, "_commit_hash", None)}
+        # The cache knows which commit a branch was; its folders are called after commits.
+        cached = try_to_load_from_cache(source, CONFIG_NAME, revision=revision)
+        return {"id": source, "revision": Path(cached).parent.name if isinstance(cached, str) else None}
     identity = {"id": public_id(source), "revision": None}
     if (stored := folder / FINGERPRINT).exists():
         return {**identity, "fingerprint": json.loads(stored.read_text())["hash"]}

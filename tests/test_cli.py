@@ -98,10 +98,16 @@ def test_a_fresh_process_reports_scans_and_names_a_broken_one_by_its_number(mode
 
 
 def test_text_streams_and_is_what_json_says(model, scans, capsys):
-    text = hsenet("report", model, scans["turned"], *SHORT)
+    extras = ["accelerate", "datasets", "matplotlib", "pandas", "peft", "psutil", "pyarrow", "pydicom", "scipy"]
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({extras})); import hsenet_command as c; sys.exit(c.main())"
+    )
+    command = [sys.executable, "-c", program, "report", model, str(scans["turned"]), *SHORT]
+    text = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)  # with the core alone
     assert main(["report", model, str(scans["turned"]), *SHORT, "--json"]) == 0
     record = lines(capsys.readouterr().out)[0]
-    assert text.returncode == 0 and text.stdout.rstrip("\n") == record["text"]
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.rstrip("\n") == record["text"]
     assert text.stderr.count(NOTICE) == 1
     loaded = load_generation_model(model, device="cpu")
     scan = EncodedScan.read(*loaded, scans["turned"])

@@ -204,6 +204,23 @@ def test_the_package_takes_base_and_adapters_from_the_hub(clients, folders):
     assert done.stdout.strip() == "True", done.stderr[-3000:]
 
 
+def test_the_command_line_reports_with_a_pinned_revision(clients, folders, tmp_path):
+    file = tmp_path / "scan.nii.gz"
+    array = np.rint(tiny.scan()).astype(np.int16).transpose(2, 1, 0)
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([-1.0, -1.0, 3.0, 1.0])), file)
+
+    def report(model: str | Path, *options: str) -> dict:
+        done = clients.hsenet("report", model, file, "--max_new_tokens", "6", "--json", *options)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    first = push(clients, folders["first"], "someone/pinned")["revision"]
+    second = push(clients, folders["second"], "someone/pinned")["revision"]
+    pinned, newest = report("someone/pinned", "--revision", first), report("someone/pinned")
+    assert pinned["model"] == {"id": "someone/pinned", "revision": first} and newest["model"]["revision"] == second
+    assert pinned["text"] == report(folders["first"])["text"] != newest["text"]
+
+
 def test_documented_remote_code_is_pinned():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     calls = [call for page in pages for call in re.findall(r'from_pretrained\(\s*"[^"]+/[^)]*\)', page.read_text())]
