@@ -123,9 +123,9 @@ def _run(
     failed = 0
     for number, scan in numbered(scans, json=json):
         if len(scans) > 1 and not json:
-            print(f"{chr(10) if number > 1 else ''}scan {number} of {len(scans)}")
+            print(("\n" if number > 1 else "") + f"scan {number} of {len(scans)}")
         try:
-            encoded, record = writer.write(number, scan, _typed(json) if questions is None else questions)
+            encoded, record = writer.write(number, scan, _typed() if questions is None else questions)
         except (HSENetInputError, ImportError) as error:
             failed += 1
             refuse(number, len(scans), error, json=json)
@@ -249,7 +249,7 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
-def _typed(json: bool) -> Iterator[str]:
+def _typed() -> Iterator[str]:
     """Questions as they are typed or piped in, one a line; an empty line at a terminal ends them."""
     at_terminal = sys.stdin.isatty()
     while True:

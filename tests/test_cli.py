@@ -77,7 +77,12 @@ def lines(text: str) -> list[dict]:
 
 def test_a_fresh_process_reports_scans_and_names_a_broken_one_by_its_number(model, scans, tmp_path):
     order = [scans["nifti"], scans["broken"], scans["zip"], scans["missing"]]
-    run = hsenet("report", model, *order, *SHORT, "--json", "--output", tmp_path / "out")
+    arguments = ["report", model, *map(str, order), *SHORT, "--json", "--output", str(tmp_path / "out")]
+    program = "import logging, sys; logging.basicConfig(level='DEBUG'); import hsenet_command as c; sys.exit(c.main())"
+    command = [sys.executable, "-c", program, *arguments]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env={**ENVIRONMENT, "TRANSFORMERS_VERBOSITY": "debug"}
+    )
     assert run.returncode == 1, run.stderr
     first, broken, zipped, missing = lines(run.stdout)
     assert first["text"] and first["text"] == zipped["text"] and first["input"]["sha256"] == zipped["input"]["sha256"]
@@ -87,7 +92,7 @@ def test_a_fresh_process_reports_scans_and_names_a_broken_one_by_its_number(mode
     assert set(first["seconds"]) == {"read", "encode", "write"} and all(first["seconds"].values())
     assert [one["number"] for one in (first, broken, zipped, missing)] == [1, 2, 3, 4]
     assert broken["error"]["type"] == "CorruptFileError" and missing["error"]["type"] == "MissingFileError"
-    errors = run.stderr.splitlines()
+    errors = [line for line in run.stderr.splitlines() if line.startswith("hsenet: ")]
     assert len(errors) == 2 and errors[0].startswith("hsenet: scan 2 of 4: ") and "scan 4 of 4" in errors[1]
     kept = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
     names = ["report.json", "report.txt", "run.json"]
@@ -109,6 +114,7 @@ def test_text_streams_and_is_what_json_says(model, scans, capsys):
     assert text.returncode == 0, text.stderr
     assert text.stdout.rstrip("\n") == record["text"]
     assert text.stderr.count(NOTICE) == 1
+    assert_nobody_is_named(text.stdout, text.stderr)
     loaded = load_generation_model(model, device="cpu")
     scan = EncodedScan.read(*loaded, scans["turned"])
     answer = scan.ask("Can you summarize with findings the images presented?", max_new_tokens=8, do_sample=False)
@@ -152,6 +158,8 @@ def test_what_is_drawn_depends_on_the_seed_and_not_on_other_scans(model, scans, 
     turned = texts(scans["turned"])
     assert texts(scans["nifti"], scans["turned"])[1:] == turned == texts(scans["turned"], "--seed", "0")
     assert texts(scans["turned"], "--seed", "1") != turned
+    assert main(["report", model, str(scans["turned"]), *SHORT, "--temperature", "2"]) == 0
+    assert capsys.readouterr().out.strip() == turned[0].strip()  # also as it is written
 
 
 def test_several_questions_encode_once(model, scans, capsys):
