@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hsenet.digests import file_sha256
+
 
 MANIFEST = "manifest.json"
 STATE = "run_state.json"
@@ -240,7 +242,7 @@ def problem_with(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != entry["size"]:
                 return f"{name} has {file.stat().st_size} of {entry['size']} bytes"
-            if _sha256(file) != entry["sha256"]:
+            if file_sha256(file) != entry["sha256"]:
                 return f"the bytes of {name} have changed"
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so it is incomplete or of an older version of this package"
@@ -261,15 +263,7 @@ def _random_states(folder: Path, process: int) -> bool:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _sync(path: Path) -> None:

@@ -16,6 +16,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def file_sha256(*paths: Path) -> str:
+    """SHA-256 of files' bytes, one after the other, however large they are."""
+    sha = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                sha.update(block)
+    return sha.hexdigest()
+
+
 def model_digest(model: torch.nn.Module) -> str:
     """SHA-256 of all weights with their names: what exactly was scored."""
     sha = hashlib.sha256()

@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from hsenet.arguments import parse_arguments
+from hsenet.digests import file_sha256
 from hsenet.experiments.alignment import alignment
 from hsenet.experiments.nodules import nodule_auroc
 from hsenet.experiments.scores import presence_scores, retrieval_scores
@@ -57,12 +58,7 @@ def run_folder(stage: str, settings: dict[str, Any], output_dir: Path) -> Path:
 
 def _content(folder: str) -> str:
     """SHA-256 of a model's weights or a dataset's tables: a path doesn't show that they were made anew."""
-    sha = hashlib.sha256()
-    for path in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*/*.parquet")]):
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                sha.update(block)
-    return sha.hexdigest()
+    return file_sha256(*sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*/*.parquet")]))
 
 
 def train_arm(stage: str, settings: dict[str, Any], folder: Path, launch: list[str]) -> None:
