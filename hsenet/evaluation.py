@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from hsenet.collators import ContrastiveCollator
+from hsenet.losses import GlobalSimilarity, SiblingsMode, image_text_contrastive_loss, pairs_among
 from hsenet.metrics.retrieval import similarity_metrics
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
 from processing_hsenet import HSENetProcessor
@@ -57,17 +58,28 @@ def guided_similarity(model: HSENetCLIPModel, dataset: Dataset, collator: Callab
 
 
 def evaluate_retrieval(
-    model: HSENetCLIPModel, dataset: Dataset, collator: Callable, batch_size: int
+    model: HSENetCLIPModel, dataset: Dataset, collator: Callable, batch_size: int, siblings: SiblingsMode = "none"
 ) -> dict[str, float]:
-    """Recalls while training, and the loss of the whole split as one batch."""
+    """
+    Recalls while training, and the loss of the whole split as one batch; for one process alone.
+
+    Args:
+        dataset: examples; a [`VolumeRows`] where `siblings` are not `"none"`.
+        siblings (`"masked"`, `"multi_positive"` or `"none"`):
+            What rows with the same study or report are in that loss: see [`image_text_contrastive_loss`]. Only with
+            the setting of the training is it comparable with the training's loss.
+    """
     if model.guided_by_text:
         similarity = guided_similarity(model, dataset, collator, batch_size)
     else:
         images, texts = embed(model, dataset, collator, batch_size)
         similarity = images @ texts.t()
-    logits = model.logit_scale.exp().item() * similarity
-    labels = torch.arange(len(logits))
-    loss = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.t(), labels)) / 2
+    pairs = None
+    if siblings != "none":
+        ids = torch.tensor([row["sibling_ids"] for row in dataset.rows])
+        pairs = pairs_among(ids, ids)
+    both = GlobalSimilarity(similarity, similarity.t())
+    loss = image_text_contrastive_loss(both, model.logit_scale.exp().float().cpu(), pairs, siblings)
     metrics = similarity_metrics(similarity, ks=(5,))
     names = ("image_to_text_R@5", "text_to_image_R@5", "chance_R@5")
     return {"loss": loss.item(), **{name: metrics[name] for name in names}}

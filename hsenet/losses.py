@@ -48,10 +48,14 @@ def sibling_pairs(sibling_ids: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(batch, global_batch)`, boolean: false for the row itself.
     """
-    all_ids = gather_with_gradient(sibling_ids)
+    return pairs_among(sibling_ids, gather_with_gradient(sibling_ids), first_row(len(sibling_ids)))
+
+
+def pairs_among(sibling_ids: torch.Tensor, all_ids: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """The same without other processes: siblings of rows among `all_ids`, whose row `first` is the first of them."""
     pairs = (sibling_ids.unsqueeze(1) == all_ids.unsqueeze(0)).any(dim=-1)
     rows = torch.arange(len(pairs), device=pairs.device)
-    pairs[rows, rows + first_row(len(pairs))] = False
+    pairs[rows, rows + first] = False
     return pairs
 
 

@@ -5,8 +5,13 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import multiprocessing, nn
 
+from hsenet.collators import ContrastiveCollator
+from hsenet.contrastive import ContrastiveArguments, ContrastiveObjective
+from hsenet.data import VolumeRows, add_report_texts
+from hsenet.evaluation import evaluate_retrieval
 from hsenet.losses import (
     consistency_weight,
     global_similarity,
@@ -102,6 +107,23 @@ def test_modes_agree_without_siblings():
         for mode in ("none", "masked", "multi_positive")
     ]
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["masked", "multi_positive", "none"])
+def test_loss_of_an_evaluation_is_that_of_a_training_batch(mode):
+    """Two studies with one report are each other's siblings, or wrong, in both."""
+    reports = [tiny.SENTENCES[1], tiny.SENTENCES[1], tiny.SENTENCES[2], tiny.SENTENCES[3]]
+    rows = [{"volume_name": str(n), "study_id": str(n), "findings": text} for n, text in enumerate(reports)]
+    add_report_texts(rows, ("findings",))
+    volumes = torch.rand(4, 1, *tiny.IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    dataset = VolumeRows(rows, {str(n): {"pixel_values": volume} for n, volume in enumerate(volumes)})
+    model, collator = tiny.clip_model().eval(), ContrastiveCollator(tiny.tokenizer(pad_token="[PAD]"), 64)
+    objective = ContrastiveObjective(Accelerator(cpu=True), ContrastiveArguments(mode))
+    expected, _ = objective(model, collator([dataset[n] for n in range(4)]), 0)
+    found = evaluate_retrieval(model, dataset, collator, batch_size=3, siblings=mode)["loss"]
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    if mode == "masked":  # as positives, rows of one and the same report give the sum that they give as negatives
+        assert found != pytest.approx(evaluate_retrieval(model, dataset, collator, 3)["loss"], rel=1e-2)
 
 
 def released_losses(student: dict, teacher: dict, log_scale: torch.Tensor, step: int) -> torch.Tensor:

@@ -104,7 +104,8 @@ def main(
     # Training #
     ############
     def evaluate(model: HSENetCLIPModel) -> dict[str, float]:
-        return evaluate_retrieval(model, VolumeRows(eval_rows, cache), collator, training.batch_size)
+        dataset = VolumeRows(eval_rows, cache)
+        return evaluate_retrieval(model, dataset, collator, training.batch_size, contrastive.siblings)
 
     objective = ContrastiveObjective(accelerator, contrastive)
     model = train(accelerator, model, loader, objective, evaluate, training)

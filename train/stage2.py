@@ -172,7 +172,8 @@ def main(
     objective = ContrastiveObjective(accelerator, contrastive, held_by)
 
     def evaluate(model: HSENetCLIPModel) -> dict[str, float]:
-        return evaluate_retrieval(model, VolumeRows(eval_rows, cache), collator, training.batch_size)
+        dataset = VolumeRows(eval_rows, cache)
+        return evaluate_retrieval(model, dataset, collator, training.batch_size, contrastive.siblings)
 
     model = train(accelerator, model, loader, objective, evaluate, training, frozen=[anchor])
     if accelerator.is_main_process:
