@@ -26,6 +26,7 @@ from transformers import BertConfig, Phi3Config
 
 from configuration_hsenet import HSENetCLIPConfig, HSENetConfig
 from hsenet.adapters import lora_config
+from hsenet.compilation import compile_layers
 from hsenet.contrastive import Anchor, ConsistencyArguments, ContrastiveArguments, ContrastiveObjective
 from hsenet.frozen_features import CachedEmbeddings, ComputedEmbeddings
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
@@ -175,12 +176,13 @@ def option(
             model.vision_model.config.patch_dropout = patch_dropout
             if checkpointing:
                 model.gradient_checkpointing_enable()
-        called = torch.compile(model) if on and compiled else model
+        if on and compiled:
+            compile_layers(model)
         contrastive = ContrastiveObjective(run, ContrastiveArguments())
 
         def loss_of(batch: dict) -> torch.Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=on and bf16):
-                return contrastive(called, batch, 0)[0]
+                return contrastive(model, batch, 0)[0]
 
         return Sides(model, fused=on and fused).step(loss_of, clip_inputs(model.config))
 

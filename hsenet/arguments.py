@@ -65,6 +65,9 @@ class TrainingArguments:
     optim: Literal["adamw_torch", "adamw_torch_fused"] = field(
         default="adamw_torch", metadata={"help": "AdamW, or the same in fewer passes over the weights."}
     )
+    torch_compile: bool = field(
+        default=False, metadata={"help": "Layers compiled by torch: worth its minute at the start on a GPU."}
+    )
     logging_steps: int = field(default=10)
     eval_steps: int = field(default=-1, metadata={"help": "Evaluate every so many steps; -1: only at the end."})
     save_steps: int = field(

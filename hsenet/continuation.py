@@ -22,6 +22,7 @@ FREE = {
     "max_failures",
     "cache_only",
     "gradient_checkpointing",
+    "torch_compile",
     "chunk_size",
     "logging_steps",
     "eval_steps",

@@ -23,6 +23,7 @@ from transformers import get_scheduler
 from hsenet.accumulation import with_num_items
 from hsenet.arguments import TrainingArguments
 from hsenet.checkpoints import Checkpoints
+from hsenet.compilation import compile_layers
 from hsenet.continuation import describe_other_layout, kept_settings, refuse_other_run
 from hsenet.data import VolumeRows
 from hsenet.interruption import Interrupted, Interruption, leave_signals_to_parent
@@ -138,6 +139,8 @@ def train(
     if loader.num_workers:
         loader.worker_init_fn = leave_signals_to_parent
     whole = WholeModel(accelerator, model)
+    if arguments.torch_compile:
+        compile_layers(model)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, arguments.weight_decay),
         lr=arguments.learning_rate,

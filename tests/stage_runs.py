@@ -50,6 +50,8 @@ def prepare(root: Path) -> Path:
     tokenizer = tiny.tokenizer(pad_token="[PAD]", cls_token="[CLS]")
     stage1, stage2 = tiny.clip_model(), tiny.clip_model("slices")
     stage1.save_pretrained(root / "stage1")
+    stage1.text_model.save_pretrained(root / "text_encoder")
+    tokenizer.save_pretrained(root / "text_encoder")
     HSENetProcessor(tiny.image_processor(num_slices=0), tokenizer).save_pretrained(root / "stage1")
     stage2.save_pretrained(root / "stage2")
     HSENetProcessor(tiny.image_processor(), tokenizer).save_pretrained(root / "stage2")
@@ -65,8 +67,20 @@ def train(stage: str, folder: Path, output: str, **settings) -> tuple[list[float
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     parts = {
-        "stage2": {"slice_encoder": str(folder / "slice_encoder"), "num_slices": tiny.NUM_SLICES, "max_length": 64},
+        "stage1": {
+            "text_encoder": str(folder / "text_encoder"),
+            "vision_config": {**tiny.VISION, "image_size": list(tiny.IMAGE_SIZE)},
+            "projection_dim": 16,
+            "max_length": 64,
+        },
+        "stage2": {
+            "stage1": str(folder / "stage1"),
+            "slice_encoder": str(folder / "slice_encoder"),
+            "num_slices": tiny.NUM_SLICES,
+            "max_length": 64,
+        },
         "stage3": {
+            "stage1": str(folder / "stage1"),
             "stage2": str(folder / "stage2"),
             "language_model": str(folder / "language_model"),
             "packer_window_size": list(tiny.WINDOW),
@@ -78,7 +92,6 @@ def train(stage: str, folder: Path, output: str, **settings) -> tuple[list[float
         "dataset": str(folder / "data"),
         "output_dir": str(folder / output),
         "cache_dir": str(folder / "cache"),
-        "stage1": str(folder / "stage1"),
         "batch_size": 3,
         "num_train_epochs": 2,
         "learning_rate": 1e-3,

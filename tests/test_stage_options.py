@@ -1,15 +1,20 @@
-"""Options of the training programs: precision and quantisation of the language model, LoRA's targets."""
+"""Options of the training programs: precision, quantisation, LoRA's targets, optimiser, compilation, patch dropout."""
 
+import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from stage_runs import prepare, train
+from torch._dynamo.utils import counters
 from transformers import AutoModel
 
 from hsenet.adapters import load_adapters
+from hsenet.compilation import compile_layers
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +65,56 @@ def test_fused_optimizer_takes_the_same_steps(folder, plain):
     for name, tensor in weights.items():
         if not name.endswith("k_proj.bias"):  # its gradient is rounding noise, of which Adam makes steps
             torch.testing.assert_close(tensor, plain[1][name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_patch_dropout_of_a_stage(folder, stage):
+    """Of what trains, by the option alone: the loss of the same first batch is another one."""
+    losses = {}
+    for share in (0.5, None):
+        losses[share], _ = train(stage, folder, f"{stage}_{share}", max_steps=1, patch_dropout=share)
+        config = json.loads((folder / f"{stage}_{share}" / "config.json").read_text())["vision_config"]
+        assert config.get("patch_dropout", 0.0) == (share or 0.0)
+    assert losses[0.5] != pytest.approx(losses[None], rel=1e-3)
+    with pytest.raises(ValueError, match="patch_dropout should be at least 0 and below 1"):
+        train(stage, folder, f"{stage}_all", patch_dropout=1.0)
+
+
+def without_its_last_step(folder: Path) -> None:
+    """As if the run had ended after its second step of three."""
+    shutil.rmtree(folder / "checkpoints" / "step-3")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [("stage2", {"chunk_size": 2}), ("stage3", {}), ("stage3", {"gradient_checkpointing": True})],
+    ids=["stage 2 in chunks", "stage 3", "stage 3 with checkpointing"],
+)
+def test_compiled_run_is_the_plain_one(folder, tmp_path, stage, settings):
+    """In losses, with dropout; in files; and each goes on where the other was."""
+    settings = {"max_steps": 3, "save_steps": 1, **settings}
+    names = [f"{tmp_path.name}_{way}" for way in ("off", "on")]
+    off, on = (train(stage, folder, n, torch_compile=way, **settings) for n, way in zip(names, (False, True)))
+    assert on[0] == pytest.approx(off[0], rel=1e-4)
+    kept = [load_file(folder / name / "checkpoints" / "step-2" / "trained.safetensors").keys() for name in names]
+    assert kept[0] == kept[1]
+    for name, way in zip(names, (True, False)):
+        without_its_last_step(folder / name)
+        losses, weights = train(stage, folder, name, torch_compile=way, **settings)
+        assert losses == pytest.approx(off[0], rel=1e-4) and weights.keys() == off[1].keys()
+        for tensor_name, tensor in weights.items():
+            if not tensor_name.endswith(("k_proj.bias", "key.bias")):  # rounding noise, of which Adam makes steps
+                torch.testing.assert_close(tensor, off[1][tensor_name], rtol=1e-3, atol=2e-4)
+
+
+def test_layers_compile_in_place():
+    model, volumes = tiny.clip_model().vision_model, torch.rand(2, 1, *tiny.IMAGE_SIZE)
+    names, plain = list(model.state_dict()), model(volumes).last_hidden_state
+    counters.clear()
+    compile_layers(model)
+    compiled = model(volumes).last_hidden_state
+    assert counters["stats"]["unique_graphs"] == 1  # of all layers
+    torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
+    assert list(model.state_dict()) == names and list(copy.deepcopy(model).state_dict()) == names

@@ -29,6 +29,9 @@ from processing_hsenet import HSENetImageProcessor, HSENetProcessor
 class ModelArguments:
     text_encoder: str = field(default="bert-base-uncased", metadata={"help": "Pretrained text encoder and tokenizer."})
     vision_config: dict = field(default_factory=dict, metadata={"help": "Sizes that differ from the paper's."})
+    patch_dropout: float | None = field(
+        default=None, metadata={"help": "Share of patches left out in training; not given: as vision_config has it."}
+    )
     image_processor: dict = field(
         default_factory=dict, metadata={"help": "Preprocessing that differs from the paper."}
     )
@@ -49,9 +52,10 @@ def main(
     # Model   #
     ###########
     tokenizer = AutoTokenizer.from_pretrained(model_arguments.text_encoder)
+    dropout = model_arguments.patch_dropout
     config = HSENetCLIPConfig(
         guidance="none",
-        vision_config=model_arguments.vision_config,
+        vision_config=model_arguments.vision_config | ({} if dropout is None else {"patch_dropout": dropout}),
         text_config=AutoConfig.from_pretrained(model_arguments.text_encoder),
         projection_dim=model_arguments.projection_dim,
         logit_scale_init_value=model_arguments.logit_scale_init_value,

@@ -45,6 +45,10 @@ class ModelArguments:
     guidance: Literal["slices", "text", "text_cls", "none"] = field(
         default="slices", metadata={"help": "What scores the patches (paper table 1b): see HSENetCLIPConfig."}
     )
+    patch_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Share of patches left out in training; not given: as in the model that it starts from."},
+    )
     image_processor: dict = field(
         default_factory=dict, metadata={"help": "Preprocessing of the slices that differs from stage 1's processor."}
     )
@@ -73,9 +77,12 @@ def initial_model(
 def guided_model(source: HSENetCLIPModel, slice_encoder: HSENetVisionModel | None, arguments: ModelArguments):
     """A stage-2 model of the sizes of `source`; only its scorer is new, unless all of it is to start at random."""
     source_config = source.config.to_dict()
+    changes = {"scorer_residual": arguments.scorer_residual}
+    if arguments.patch_dropout is not None:
+        changes["patch_dropout"] = arguments.patch_dropout
     config = HSENetCLIPConfig(
         guidance=arguments.guidance,
-        vision_config={**source_config["vision_config"], "scorer_residual": arguments.scorer_residual},
+        vision_config={**source_config["vision_config"], **changes},
         text_config=source_config["text_config"],
         slice_config=slice_encoder.config.to_dict() if slice_encoder is not None else None,
         num_slices=arguments.num_slices,
