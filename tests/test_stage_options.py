@@ -96,11 +96,11 @@ def test_compiled_run_is_the_plain_one(folder, tmp_path, stage, settings):
     """In losses, with dropout; in files; and each goes on where the other was."""
     settings = {"max_steps": 3, "save_steps": 1, **settings}
     names = [f"{tmp_path.name}_{way}" for way in ("off", "on")]
-    off, on = (train(stage, folder, n, torch_compile=way, **settings) for n, way in zip(names, (False, True)))
+    off, on = (train(stage, folder, names[way], torch_compile=way, **settings) for way in (False, True))
     assert on[0] == pytest.approx(off[0], rel=1e-4)
     kept = [load_file(folder / name / "checkpoints" / "step-2" / "trained.safetensors").keys() for name in names]
     assert kept[0] == kept[1]
-    for name, way in zip(names, (True, False)):
+    for name, way in zip(names, (True, False), strict=True):
         without_its_last_step(folder / name)
         losses, weights = train(stage, folder, name, torch_compile=way, **settings)
         assert losses == pytest.approx(off[0], rel=1e-4) and weights.keys() == off[1].keys()
