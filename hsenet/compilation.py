@@ -15,8 +15,8 @@ def compile_layers(model: nn.Module) -> None:
     From now on the layers of all encoders and of the language model run compiled, all layers of a kind as one.
 
     Layers and not the whole model, because their calls are where FSDP2 gathers and releases weights. In place, because
-    a wrapper would give all weights other names. Random numbers are those of the plain run: inductor's own would make
-    dropout another with the option than without, and in gradient caching's second pass another than in its first.
+    a wrapper would give all weights other names. Random numbers are torch's: with inductor's own, dropout would be
+    another with the option than without, and a run that goes on with the option another run.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     for module in model.modules():
