@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -10,12 +11,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+
+from hsenet.digests import file_sha256
 
 
 ROOT = Path(__file__).parents[1]
@@ -194,6 +198,45 @@ def test_sigterm_ends_launched_processes_and_the_next_start_goes_on(workspace, f
         assert f"step-{saved[-1]}" in {path.name for path in checkpoints.iterdir()}
     assert f"Resumed from step-{saved[0]}" in printed and saved[1] > saved[0]
     assert list(losses(log.parent)) == list(range(1, saved[1] + 1))
+
+
+def kill_when(condition: Callable[[], bool], command: list[str], output: Path) -> None:
+    """Starts a program in a process group of its own and ends all of it, launcher and workers too, with SIGKILL."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    with output.open("w") as file:
+        streams = {"stdout": file, "stderr": file, "env": environment, "cwd": output.parent}
+        process = subprocess.Popen(command, start_new_session=True, **streams)
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait(30) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 0)])
+def test_killed_program_becomes_the_undisturbed_one(processes, workers, workspace, foundation, tmp_path):
+    """Four times in one run: at two random steps, and twice while a checkpoint is being written."""
+    chance = random.Random(10 * processes + workers)
+    name = f"killed_{processes}_{workers}"
+    settings = stage_settings("stage1", workspace, name) | {"max_steps": 60, "loader_workers": workers}
+    undisturbed = workspace / f"undisturbed_{processes}"
+    if not undisturbed.exists():
+        launch("stage1", {**settings, "output_dir": str(undisturbed), "loader_workers": 0}, workspace, processes)
+    log, checkpoints = workspace / name / "log.jsonl", workspace / name / "checkpoints"
+    for number, steps in enumerate(sorted(chance.sample(range(2, 50), 4))):
+
+        def is_time(steps=steps, while_it_saves=number % 2 == 1) -> bool:
+            reached = log.exists() and len(log.read_text().splitlines()) >= steps
+            return reached and (not while_it_saves or any(checkpoints.glob("unfinished-[0-9]*")))
+
+        kill_when(is_time, command_for("stage1", settings, workspace, processes), tmp_path / f"{number}.txt")
+    printed = launch("stage1", settings, workspace, processes)
+    assert "Resumed from step-" in printed
+    assert losses(workspace / name) == losses(undisturbed) and len(losses(undisturbed)) == 60
+    files = [folder / "model.safetensors" for folder in (workspace / name, undisturbed)]
+    assert file_sha256(files[0]) == file_sha256(files[1])
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
