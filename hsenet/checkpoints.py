@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, load
+from accelerate.utils import gather_object, load
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hsenet.digests import file_sha256
+from hsenet.sharding import is_sharded
 
 
 MANIFEST = "manifest.json"
 STATE = "run_state.json"
 WEIGHTS = "trained.safetensors"
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class CheckpointError(RuntimeError):
@@ -40,8 +40,7 @@ class Checkpoints:
     The checkpoints of one run. Entering and leaving it, `save` and `load` are for all processes together.
 
     Of the model only what training changes is kept: parameters with a gradient, and buffers. Frozen parts, which come
-    from elsewhere, are known by a hash. Where the model is sharded (FSDP, DeepSpeed), accelerate's own files hold all
-    of it.
+    from elsewhere, are known by a hash. Where the model is sharded (FSDP2), accelerate's own files hold all of it.
 
     Args:
         accelerator: has prepared the model and the optimiser.
@@ -191,7 +190,7 @@ class Checkpoints:
 
     def frozen_hash(self) -> str | None:
         """SHA-256 of the weights that don't train; none where no process has all of them."""
-        if self.accelerator.distributed_type in _SHARDED:
+        if is_sharded(self.accelerator):
             return None
         if self._frozen_hash is None:
             digest = hashlib.sha256()

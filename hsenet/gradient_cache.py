@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from hsenet.distributed import no_gradient_sync
@@ -36,15 +35,10 @@ def embed_with_cached_gradients(
         chunk_size (`int`): rows that are in memory with their activations at once; 0: all, without a cache.
         loss_of: image and text embeddings of the whole batch to the loss. It may use other processes' embeddings and
             parameters that train; these get their gradient too.
-
-    Raises:
-        ValueError: under DeepSpeed, whose engine takes each backward pass for a step.
     """
     batch = len(next(iter(inputs.values())))
     if chunk_size <= 0 or chunk_size >= batch:
         return loss_of(*_embed(model, inputs))
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("chunk_size does not work with DeepSpeed: use DDP or FSDP2, or leave it 0.")
     split = {name: tensor.split(chunk_size) for name, tensor in inputs.items()}
     chunks = [dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True)]
     random_states, embeds = [], []

@@ -1,10 +1,11 @@
 """What FSDP2 needs beside its configuration file: scalars that stay whole, and the whole model back.
 
-FSDP2 (and DeepSpeed's ZeRO-3) leave each process a part of every weight. Evaluation on the main process, and the
-folder that a run leaves, need the model as it was before.
+FSDP2 leaves each process a part of every weight. Evaluation on the main process, and the folder that a run leaves,
+need the model as it was before.
 """
 
 import copy
+import os
 
 import torch
 from accelerate import Accelerator
@@ -45,9 +46,22 @@ class WholeModel:
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether no process has the whole model."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def refuse_deepspeed() -> None:
+    """
+    To be called before there is an accelerator: on CPUs accelerate leaves DeepSpeed out and says nothing.
+
+    Raises:
+        ValueError: the launcher was told to use it.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(
+            "DeepSpeed is not supported: it fails on a scalar parameter, which the temperature of stages 1 and 2 is, "
+            "and it reads its checkpoints with an unpickler that can run any code in them. FSDP2 shards the same "
+            "things: launch with train/configs/accelerate/fsdp2.yaml, or fsdp2_stage3.yaml."
+        )
 
 
 def _keep_scalars_whole(accelerator: Accelerator, model: nn.Module) -> None:

@@ -30,7 +30,7 @@ from hsenet.interruption import Interrupted, Interruption, leave_signals_to_pare
 from hsenet.progress import Progress
 from hsenet.publishing import PublishingError, open_repository, push_model
 from hsenet.run_record import RunLog, begin_record, data_fingerprint, publishable, write_curves
-from hsenet.sharding import WholeModel
+from hsenet.sharding import WholeModel, refuse_deepspeed
 from hsenet.training_card import write_card
 
 
@@ -40,6 +40,7 @@ Evaluate = Callable[[nn.Module], dict[str, float]]
 
 def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
     """The accelerator of this run, with its trackers, after a check that all processes found each other."""
+    refuse_deepspeed()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=arguments.mixed_precision,

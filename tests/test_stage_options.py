@@ -109,6 +109,13 @@ def test_compiled_run_is_the_plain_one(folder, tmp_path, stage, settings):
                 torch.testing.assert_close(tensor, off[1][tensor_name], rtol=1e-3, atol=2e-4)
 
 
+def test_deepspeed_is_refused_at_the_start(folder, monkeypatch):
+    """Without a GPU too, where accelerate would train without it and say nothing."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed is not supported.*FSDP2"):
+        train("stage1", folder, "deepspeed")
+
+
 def test_layers_compile_in_place():
     model, volumes = tiny.clip_model().vision_model, torch.rand(2, 1, *tiny.IMAGE_SIZE)
     names, plain = list(model.state_dict()), model(volumes).last_hidden_state
