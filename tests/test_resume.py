@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_training import Trouble, begin, printed, run_to_end
 
 from hsenet.checkpoints import MANIFEST
+from modeling_hsenet import HSENetCLIPModel
 
 
 NUM_POINTS = 20
@@ -198,6 +199,27 @@ def test_one_process_of_two_gets_sigterm_and_both_save(cache, tmp_path):
     assert run_to_end(cache, tmp_path / "run", processes=2) == [0, 0]
     assert "Resumed from step-3" in printed(tmp_path / "run")
     assert_is(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_sharded_run_is_killed_and_goes_on(cache, tmp_path):
+    """FSDP2 from the first step to the folder that loads: evaluations, checkpoints in parts with their manifest."""
+    sharded = {"processes": 2, "sharded": True, "eval_steps": 2}
+    assert run_to_end(cache, tmp_path / "undisturbed", **sharded) == [0, 0], printed(tmp_path / "undisturbed")
+    begun = begin(cache, tmp_path / "run", **sharded)
+    tiny_training.wait_until((tmp_path / "run" / "checkpoints" / "step-2").exists)
+    for process in begun:
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in begun] == [-9, -9]
+    parts = sorted(path.name for path in (tmp_path / "run" / "checkpoints" / "step-2").rglob("*.distcp"))
+    assert len(parts) == 4  # of the model and of the optimiser, for each process
+    assert run_to_end(cache, tmp_path / "run", **sharded) == [0, 0], printed(tmp_path / "run")
+    assert "Resumed from step-" in printed(tmp_path / "run")
+    assert_is(tmp_path / "run", tmp_path / "undisturbed")
+    assert len(logged(tmp_path / "run", "eval_loss")) == 3
+    HSENetCLIPModel.from_pretrained(tmp_path / "run")
+    assert run_to_end(cache, tmp_path / "whole", processes=2, eval_steps=2) == [0, 0]
+    assert logged(tmp_path / "run") == pytest.approx(logged(tmp_path / "whole"), rel=1e-4)
 
 
 @pytest.mark.parametrize(

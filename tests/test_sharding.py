@@ -13,8 +13,6 @@ import test_accumulation
 import tiny
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -25,19 +23,6 @@ from hsenet.contrastive import ContrastiveArguments, ContrastiveObjective
 from hsenet.sharding import WholeModel
 from hsenet.training import parameter_groups
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
-
-
-def shard_on_cpu(accelerator: Accelerator, layers: list[str]) -> None:
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=layers,
-        cpu_ram_efficient_loading=False,
-    )
-    for state in (AcceleratorState._shared_state, PartialState._shared_state):
-        state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = plugin
-    assert accelerator.is_fsdp2
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,7 +46,7 @@ def train_step(accelerator: Accelerator, model: nn.Module, optimizer, backward) 
 
 def contrastive(accelerator: Accelerator, folder: str) -> dict:
     """Stage 2 in chunks, sharded: a step, a checkpoint, another step, the checkpoint again, and the folder."""
-    shard_on_cpu(accelerator, ["HSENetEncoderLayer", "BertLayer"])
+    processes.shard_on_cpu(accelerator, ["HSENetEncoderLayer", "BertLayer"])
     model = cases.model("slices", torch.float64)
     whole = WholeModel(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer_of(model))
@@ -102,7 +87,7 @@ def lora_model() -> nn.Module:
 
 def language(accelerator: Accelerator, folder: str) -> dict:
     """Stage 3 with LoRA, sharded: a step of one row in each process, and both folders."""
-    shard_on_cpu(accelerator, ["HSENetEncoderLayer", "Phi3DecoderLayer"])
+    processes.shard_on_cpu(accelerator, ["HSENetEncoderLayer", "Phi3DecoderLayer"])
     model = lora_model()
     whole = WholeModel(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer_of(model))

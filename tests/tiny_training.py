@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tiny
 import torch
+from processes import shard_on_cpu
 from torch.utils.data import DataLoader
 
 from hsenet.arguments import TrainingArguments
@@ -76,7 +77,9 @@ def write_cache(folder: Path) -> Path:
     return cache.folder
 
 
-def run(cache_dir: Path, output_dir: Path, settings: dict, trouble: Trouble, dropout: float, rewrite: bool) -> None:
+def run(
+    cache_dir: Path, output_dir: Path, settings: dict, trouble: Trouble, dropout: float, rewrite: bool, sharded: bool
+) -> None:
     """One process of a run; its trained model goes to `output_dir`, its rows by step to `seen-RANK.jsonl` there."""
     torch.set_num_threads(1)
     output_dir.mkdir(exist_ok=True)
@@ -84,6 +87,8 @@ def run(cache_dir: Path, output_dir: Path, settings: dict, trouble: Trouble, dro
     workers, metrics = settings.pop("loader_workers", 0), settings.pop("metrics", {})
     training = TrainingArguments(output_dir=str(output_dir), **{**SETTINGS, **settings})
     accelerator = start(training, data={"max_shift": [1, 2, 2], "rewrite_reports": rewrite})
+    if sharded:
+        shard_on_cpu(accelerator, ["HSENetEncoderLayer", "BertLayer"])
     config = tiny.clip_model().config
     config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = dropout
     torch.manual_seed(training.seed)
@@ -172,6 +177,7 @@ def begin(
     trouble: Trouble = Trouble(),  # noqa: B008
     dropout: float = 0.1,
     rewrite: bool = True,
+    sharded: bool = False,
     **settings,
 ) -> list[BaseProcess]:
     environments = [{}]
@@ -181,7 +187,7 @@ def begin(
             port = str(probe.getsockname()[1])
         shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         environments = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
-    arguments = (cache_dir, output_dir, settings, trouble, dropout, rewrite)
+    arguments = (cache_dir, output_dir, settings, trouble, dropout, rewrite, sharded)
     errors = Path(f"{output_dir}.txt")
     begun = [FORKS.Process(target=_entry, args=(environment, errors, *arguments)) for environment in environments]
     for process in begun:
