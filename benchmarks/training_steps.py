@@ -10,6 +10,7 @@ Weights are random.
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -110,8 +111,8 @@ def stage2(layers: int) -> tuple[Step, Step, float]:
     return neither, both, (trained + once) / trained
 
 
-def stage3(layers: int) -> tuple[Step, Step, float]:
-    """Encoders run in every step, and their patch features cached; slice features are cached on both sides."""
+def stage3_model(layers: int) -> tuple[HSENetForConditionalGeneration, torch.nn.Module]:
+    """The model, and the same with LoRA, as it trains."""
     text = Phi3Config(
         vocab_size=VOCABULARY, hidden_size=1536, intermediate_size=4096, num_hidden_layers=2 * layers,
         num_attention_heads=12, num_key_value_heads=4, pad_token_id=0,
@@ -124,6 +125,40 @@ def stage3(layers: int) -> tuple[Step, Step, float]:
     model = get_peft_model(base, lora_config(base, dropout=0.0)).train()
     for encoder in (base.model.global_encoder, base.model.local_encoder):
         encoder.eval()
+    return base, model
+
+
+def packing(layers: int) -> tuple[Step, Step, None]:
+    """Four questions of a volume in four rows, and in one row that has the volume's tokens once; patches cached."""
+    base, model = stage3_model(layers)
+    config, questions, volume = base.config, 4, base.config.image_seq_length
+    width, patches = config.vision_config.hidden_size, math.prod(config.vision_config.grid_size)
+    names = ("global_patch_features", "local_patch_features")
+    features = {name: torch.randn(1, patches, width) for name in names}
+    ids = torch.randint(2, VOCABULARY, (questions, volume + ANSWER_TOKENS))
+    ids[:, :volume] = config.image_token_id
+    answers = torch.arange(volume + ANSWER_TOKENS) >= volume + ANSWER_TOKENS // 2
+    labels = ids.masked_fill(~answers, -100)
+    apart = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    apart |= {name: tensor.repeat(questions, 1, 1) for name, tensor in features.items()}
+    turns = torch.cat([torch.zeros(volume), torch.arange(1, questions + 1).repeat_interleave(ANSWER_TOKENS)])
+    seen = ((turns[:, None] == turns) | (turns == 0)).tril()  # the volume and the own question
+    positions = torch.cat([torch.arange(volume), volume + torch.arange(ANSWER_TOKENS).repeat(questions)])
+    together = {
+        "input_ids": torch.cat([ids[0, :volume], ids[:, volume:].flatten()])[None],
+        "labels": torch.cat([labels[0, :volume], labels[:, volume:].flatten()])[None],
+        "attention_mask": torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None],
+        "position_ids": positions[None],
+        **features,
+    }
+    sides = Sides(model)
+    return *(sides.step(lambda batch: model(**batch).loss, inputs) for inputs in (apart, together)), None
+
+
+def stage3(layers: int) -> tuple[Step, Step, float]:
+    """Encoders run in every step, and their patch features cached; slice features are cached on both sides."""
+    base, model = stage3_model(layers)
+    config, text = base.config, base.config.text_config
     tokens = config.image_seq_length + ANSWER_TOKENS
     ids = torch.randint(2, VOCABULARY, (ROWS, tokens))
     ids[:, : config.image_seq_length] = config.image_token_id
@@ -193,6 +228,7 @@ PAIRS: dict[str, Callable[[int], tuple[Step, Step, float | None]]] = {
     "stage2": stage2,
     "stage3": stage3,
     "answer_logits": answer_logits,
+    "packing": packing,
     "patch_dropout": lambda layers: option(layers, patch_dropout=0.5),
     "gradient_checkpointing": lambda layers: option(layers, checkpointing=True),
     "bf16": lambda layers: option(layers, bf16=True),
