@@ -21,6 +21,7 @@ COMMANDS = {
     "doctor": ("hsenet_doctor:add_doctor", "what is installed, whether a model is whole, and whether all works"),
     "convert": ("hsenet.cli_convert:add_convert", "released weights to a folder that AutoModel loads"),
     "fingerprint": ("hsenet.cli_convert:add_fingerprint", "a short hash of what a saved model computes"),
+    "card": ("hsenet.cli_card:add_card", "a model's card, from what lies beside the weights"),
     "index": ("hsenet.cli_index:add_index", "embeddings of a dataset's volumes and reports, to search"),
     "search": ("hsenet.cli_index:add_search", "volumes or reports of an index like a text, a volume or both"),
     "push": ("hsenet.cli_push:add_push", "a model or a dataset to the Hub, whole and private"),

@@ -44,8 +44,10 @@ def kept_settings(
     arguments: TrainingArguments, total_steps: int, num_processes: int, sampler: Any, data: dict[str, Any]
 ) -> dict[str, Any]:
     """Flat, as JSON has it: all that decides what each step computes, and how its rows are shared out."""
-    groups = {name: value for name, value in arguments.settings.items() if isinstance(value, dict)}
-    given = {**arguments.settings, **{name: value for group in groups.values() for name, value in group.items()}}
+    # Not where they come from: the rows and the weights themselves are compared.
+    settings = {name: value for name, value in arguments.settings.items() if name != "sources"}
+    groups = {name: value for name, value in settings.items() if isinstance(value, dict)}
+    given = {**settings, **{name: value for group in groups.values() for name, value in group.items()}}
     kept = {name: value for name, value in given.items() if name not in FREE | set(groups)}
     kept["num_processes"] = num_processes
     kept["total_steps"] = total_steps

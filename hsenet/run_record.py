@@ -10,14 +10,17 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from torch.utils.data import Dataset
 
-from hsenet.arguments import TrainingArguments
+
+if TYPE_CHECKING:  # reading a record, for a card, needs no more than the core
+    from accelerate import Accelerator
+
+    from hsenet.arguments import TrainingArguments
 
 
 CONFIG, ENVIRONMENT, DATA, LOG, CURVES = "run_config.yaml", "environment.json", "data.json", "log.jsonl", "curves.png"
@@ -74,7 +77,7 @@ def read_log(output_dir: str | Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def begin_record(arguments: TrainingArguments, step: int, accelerator: Accelerator, data: dict[str, Any]) -> None:
+def begin_record(arguments: "TrainingArguments", step: int, accelerator: "Accelerator", data: dict[str, Any]) -> None:
     """
     Writes `run_config.yaml`, `data.json` and `environment.json`.
 
@@ -93,7 +96,15 @@ def begin_record(arguments: TrainingArguments, step: int, accelerator: Accelerat
     write_whole(path, json.dumps({"starts": starts}, indent=2) + "\n")
 
 
-def environment(accelerator: Accelerator) -> dict[str, Any]:
+def end_record(output_dir: str | Path, seconds: float) -> None:
+    """How long the steps of this start took, with evaluations and checkpoints; a killed process leaves none."""
+    path = Path(output_dir) / ENVIRONMENT
+    starts = json.loads(path.read_text())["starts"]
+    starts[-1]["seconds"] = round(seconds, 1)
+    write_whole(path, json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def environment(accelerator: "Accelerator") -> dict[str, Any]:
     """Versions, platform and devices; no name of a user, a machine or a folder."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

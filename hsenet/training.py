@@ -1,6 +1,7 @@
 """The loop that the training programs share: steps, evaluation, checkpoints, and going on where a run ended."""
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -29,8 +30,9 @@ from hsenet.data import VolumeRows
 from hsenet.interruption import Interrupted, Interruption, leave_signals_to_parent
 from hsenet.progress import Progress
 from hsenet.publishing import PublishingError, open_repository, push_model
-from hsenet.run_record import RunLog, begin_record, data_fingerprint, publishable, write_curves
+from hsenet.run_record import RunLog, begin_record, data_fingerprint, end_record, publishable, write_curves
 from hsenet.sharding import WholeModel, refuse_deepspeed
+from hsenet.sources import sources_of
 from hsenet.training_card import write_card
 
 
@@ -63,6 +65,7 @@ def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
     given = {name: value for name, value in asdict(arguments).items() if name != "settings"}
     arguments.settings = publishable({**given, **settings, "num_processes": accelerator.num_processes})
     if accelerator.is_main_process:
+        arguments.settings["sources"] = sources_of(settings)  # while their places are known
         Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
         accelerator.print(
             f"{accelerator.num_processes} process(es) on {accelerator.device}, settings: {arguments.settings}"
@@ -189,6 +192,7 @@ class _Run:
     evaluate: Evaluate
     total: int
     progress: Progress = field(default_factory=Progress)
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def has_ended(self) -> bool:
@@ -350,5 +354,6 @@ class _Run:
 
     def _finish_record(self) -> None:
         if self.accelerator.is_main_process:
+            end_record(self.arguments.output_dir, time.monotonic() - self.began)
             write_curves(self.arguments.output_dir)
             write_card(self.arguments.output_dir)

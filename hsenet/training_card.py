@@ -1,15 +1,15 @@
 """The model card's section on training, from what the run's directory records."""
 
-import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
-from hsenet.run_record import CURVES, read_record
+from hsenet.card_marks import put_sections, read_card, update_card
+from hsenet.metrics.table import as_cell, plain_table
+from hsenet.run_record import CURVES, read_record, write_whole
 
 
-BEGIN, END = "<!-- training: written by the run -->", "<!-- end of training -->"
 _SHOWN = (
     "learning_rate",
     "weight_decay",
@@ -41,7 +41,7 @@ def training_section(output_dir: str | Path) -> str:
         f"{last} steps of {rows_per_step} rows, cosine schedule with warm-up, AdamW, on {data['num_rows']} "
         f"rows{volumes} (SHA-256 of rows and voxels: `{data['sha256']}`).",
         "",
-        *_table(("setting", "value"), [(name, settings[name]) for name in _SHOWN]),
+        plain_table(("setting", "value"), [(name, settings[name]) for name in _SHOWN]),
         "",
         *_results(log, settings),
         *_environments(starts),
@@ -54,24 +54,20 @@ def training_section(output_dir: str | Path) -> str:
 
 
 def write_card(output_dir: str | Path) -> None:
-    """The section into the directory's README.md: in place of an earlier run's, or into a new card."""
+    """
+    The section into the directory's README.md: in place of an earlier run's, or into a new card.
+
+    A run writes it when it ends, also one that was interrupted and has no model yet; `write_model_card` adds the rest.
+    """
     path = Path(output_dir) / "README.md"
-    section = f"{BEGIN}\n{training_section(output_dir)}\n{END}"
-    if path.exists():
-        card = ModelCard.load(path)
-        card.text, replaced = re.subn(f"{BEGIN}.*?{END}", lambda _: section, card.text, flags=re.DOTALL)
-        if not replaced:
-            card.text = f"{card.text.rstrip()}\n\n{section}\n"
-    else:
-        data = ModelCardData(library_name="transformers", tags=["hsenet", "computed-tomography"])
-        title = "# HSENet\n\nA 3D CT vision-language model. Not a medical device: for research only."
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{title}\n\n{section}\n")
-    card.save(path)
-
-
-def _table(head: tuple[str, ...], rows: list[tuple]) -> list[str]:
-    cells = [head, tuple("---" for _ in head), *rows]
-    return ["| " + " | ".join(str(cell) for cell in row) + " |" for row in cells]
+    sections = {"training": training_section(output_dir)}
+    card = read_card(path, ModelCard)
+    if card is not None:
+        card.text = put_sections(card.text, sections)
+        return write_whole(path, str(card))
+    title = "# HSENet\n\nA 3D CT vision-language model. **Not a medical device.** For research only."
+    metadata = {"library_name": "transformers", "tags": ["hsenet", "computed-tomography"]}
+    write_whole(path, update_card(None, metadata, {"summary": title, **sections}))
 
 
 def _results(log: list[dict[str, float]], settings: dict[str, Any]) -> list[str]:
@@ -80,10 +76,14 @@ def _results(log: list[dict[str, float]], settings: dict[str, Any]) -> list[str]
         return []
     names = [name for name in evaluations[-1] if name != "step"]
     split = settings.get("data", {}).get("eval_split")
-    said = [f"While training, on the split `{split}`, which is not that of the final evaluation:", ""] if split else []
+    said = (
+        [f"While training, on the split `{as_cell(split)}`, which is not that of the final evaluation:", ""]
+        if split
+        else []
+    )
     # The last ten: the rest is in the log.
     rows = [(row["step"], *(f"{row[name]:.4g}" for name in names)) for row in evaluations[-10:]]
-    return [*said, *_table(("step", *(name.removeprefix("eval_") for name in names)), rows), ""]
+    return [*said, plain_table(("step", *(name.removeprefix("eval_") for name in names)), rows), ""]
 
 
 def _environments(starts: list[dict[str, Any]]) -> list[str]:
@@ -93,7 +93,15 @@ def _environments(starts: list[dict[str, Any]]) -> list[str]:
         changes = " with uncommitted changes" if start.get("git_changes") else ""
         revision = f"; source at `{start['git_revision']}`{changes}" if start.get("git_revision") else ""
         lines.append(
-            f"- From step {start['from_step']}: {start['num_processes']} process(es) on {start['device']}, "
+            f"- From step {start['from_step']}: {_duration(start)}{start['num_processes']} process(es) on {start['device']}, "
             f"{start['platform']}, Python {start['python']}, {packages}{revision}"
         )
     return lines
+
+
+def _duration(start: dict[str, Any]) -> str:
+    """How long these steps took, if they came to an end that could be written down."""
+    if "seconds" not in start:
+        return ""
+    hours, minutes = divmod(round(start["seconds"] / 60), 60)
+    return f"{hours} h {minutes} min, " if hours else f"{start['seconds'] / 60:.1f} min, "

@@ -34,6 +34,7 @@ from transformers import (
 
 from configuration_hsenet import HSENetVisionConfig
 from hsenet.arguments import DataArguments, TrainingArguments, parse_arguments
+from hsenet.cards import write_model_card
 from hsenet.data import SimilarLengthSampler, load_rows, one_per_study, report_text
 from hsenet.losses import global_similarity, image_text_contrastive_loss
 from hsenet.report_prompts import REPORT_PROMPTS
@@ -126,6 +127,7 @@ def train_text_encoder(
     model = train(run, FindingsMatcher(config), loader, compute_loss, lambda model: {}, part)
     model.encoder.save_pretrained(part.output_dir)
     tokenizer.save_pretrained(part.output_dir)
+    write_model_card(part.output_dir)
 
 
 class SliceLabeller(nn.Module):
@@ -166,6 +168,7 @@ def train_slice_encoder(
     model = SliceLabeller(config, num_labels=len(rows[0]["labels"]))
     model = train(run, model, loader, compute_loss, lambda model: {}, part)
     model.encoder.save_pretrained(part.output_dir)
+    write_model_card(part.output_dir)
 
 
 @dataclass
@@ -240,6 +243,7 @@ def train_language_model(
     model = train(run, Phi3ForCausalLM(config), loader, _language_loss, lambda model: {}, part)
     model.save_pretrained(part.output_dir)
     tokenizer.save_pretrained(part.output_dir)
+    write_model_card(part.output_dir)
 
 
 def _language_loss(model: nn.Module, batch: dict, step: int) -> tuple[torch.Tensor, dict[str, float]]:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from configuration_hsenet import HSENetCLIPConfig
 from hsenet.arguments import DataArguments, TrainingArguments, parse_arguments
 from hsenet.augmentation import VolumeAugmentation
+from hsenet.cards import write_model_card
 from hsenet.collators import ContrastiveCollator
 from hsenet.contrastive import ContrastiveArguments, ContrastiveObjective
 from hsenet.data import VolumeRows, add_report_texts, load_rows, one_per_study
@@ -116,6 +117,7 @@ def main(
     if accelerator.is_main_process:
         model.save_pretrained(training.output_dir)
         HSENetProcessor(image_processor, tokenizer).save_pretrained(training.output_dir)
+        write_model_card(training.output_dir, repo_id=training.push_to_hub)
     accelerator.end_training()
     push_trained(accelerator, training)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from configuration_hsenet import HSENetCLIPConfig
 from hsenet.arguments import DataArguments, TrainingArguments, parse_arguments
 from hsenet.augmentation import VolumeAugmentation
+from hsenet.cards import write_model_card
 from hsenet.collators import ContrastiveCollator
 from hsenet.contrastive import Anchor, ConsistencyArguments, ContrastiveArguments, ContrastiveObjective
 from hsenet.conversion import load_tokenizer
@@ -186,6 +187,7 @@ def main(
     if accelerator.is_main_process:
         model.save_pretrained(training.output_dir)
         HSENetProcessor(image_processor, tokenizer).save_pretrained(training.output_dir)
+        write_model_card(training.output_dir, repo_id=training.push_to_hub)
     accelerator.end_training()
     push_trained(accelerator, training)
 

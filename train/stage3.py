@@ -22,6 +22,7 @@ from configuration_hsenet import HSENetConfig
 from hsenet.adapters import lora_config
 from hsenet.arguments import DataArguments, TrainingArguments, parse_arguments
 from hsenet.augmentation import VolumeAugmentation
+from hsenet.cards import write_model_card
 from hsenet.collators import ReportCollator
 from hsenet.data import SimilarLengthSampler, VolumeRows, generation_rows, load_rows
 from hsenet.evaluation import evaluate_language_loss
@@ -245,6 +246,8 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
         model.save_pretrained(adapter)
         merged(model, adapter, assembled).save_pretrained(training.output_dir)
         processor.save_pretrained(training.output_dir)
+        write_model_card(training.output_dir, repo_id=training.push_to_hub)
+        write_model_card(adapter)
     accelerator.end_training()
     push_trained(accelerator, training)
 

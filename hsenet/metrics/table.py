@@ -62,7 +62,15 @@ def results_table(results: Sequence[Result]) -> str:
 def as_cell(text: str) -> str:
     """A name for a Markdown table: types, regions and folders come from datasets and people, and stay text in it."""
     plain = html.escape(" ".join(text.split()), quote=False).replace("\\", "\\\\")
-    return plain.replace("|", r"\|").replace("](", r"]\(").replace("`", "'")
+    plain = plain.replace("|", r"\|").replace("](", r"]\(").replace("`", "'")
+    # Copied into a spreadsheet, such a cell would be a formula.
+    return f"\\{plain}" if plain.startswith(("=", "+", "-", "@")) else plain
+
+
+def plain_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Markdown of names and numbers."""
+    lines = [head, ["---"] * len(head), *([as_cell(str(cell)) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def as_records(results: Sequence[Result]) -> list[dict]:
