@@ -25,7 +25,8 @@ EMPTY_FORM = "# Model Card for Model ID"
 
 
 def marked(name: str, body: str) -> str:
-    return f"<!-- {name}: written by hsenet; what stands outside of such marks is kept -->\n{body}\n<!-- end of {name} -->"
+    note = "written by hsenet; what stands outside of such marks is kept"
+    return f"<!-- {name}: {note} -->\n{body}\n<!-- end of {name} -->"
 
 
 def put_sections(text: str, sections: dict[str, str]) -> str:

@@ -21,8 +21,8 @@ WHAT = {
     f"encoders, packers that make tokens of their patches, and a language model, by {PAPER}.",
     "encoder": f"A vision transformer over volumes or slices, as a part of {PAPER}.",
     "part": f"A text encoder or language model that models of {PAPER} start from.",
-    "adapter": "LoRA weights of a language model and the packers of a 3D vision-language model, for the base that they "
-    f"were trained on: {PAPER}.",
+    "adapter": "LoRA weights of a language model and the packers of a 3D vision-language model, for the base that "
+    f"they were trained on: {PAPER}.",
 }
 INTENDED = {
     "report": "Research on reports and answers from 3D CT: comparing methods, studying failures, further training.",
@@ -35,9 +35,9 @@ INTENDED["stage2"] = INTENDED["stage1"]
 CHEST_MM = (300, 250, 350)  # height, depth from front to back, width: about those of an adult
 BOUND = (
     "A model carries the terms of what it was trained on and started from. CT-RATE and RadGenome-ChestCT are released "
-    "for non-commercial research under CC BY-NC-SA, BIMCV-R under terms of its own, which its users accept; BiomedCLIP, "
-    "bert-base-uncased and Phi-4-mini have their own licences. The licence in the metadata follows from the table: "
-    "whoever publishes this model has to check it."
+    "for non-commercial research under CC BY-NC-SA, BIMCV-R under terms of its own, which its users accept; "
+    "BiomedCLIP, bert-base-uncased and Phi-4-mini have their own licences. The licence in the metadata follows from "
+    "what is known above: whoever publishes this model has to check it."
 )
 
 
@@ -63,8 +63,8 @@ def training_data(record: dict[str, Any] | None, conversion: dict[str, Any] | No
     synthetic = ""
     if is_synthetic(sources):
         synthetic = (
-            "\n\n**Synthetic.** The scans are procedural phantoms and their reports are written by a program: no patient "
-            "is in them."
+            "\n\n**Synthetic.** The scans are procedural phantoms and their reports are written by a program: no "
+            "patient is in them."
         )
     return f"{plain_table(('what', 'name', 'licence'), source_rows(sources))}{synthetic}\n\n{BOUND}"
 
@@ -92,8 +92,8 @@ def limitations(kind: Kind, config: PreTrainedConfig | None, record: dict[str, A
         points.append("**Phantoms only.** It was trained on synthetic scans and knows nothing of real disease.")
     if kind.name in ("report", "adapter"):
         points += [
-            "**Invention.** It writes fluent sentences about findings that are not there, and leaves out findings that "
-            "are. A score without one for another patient's scan beside it says nothing about that.",
+            "**Invention.** It writes fluent sentences about findings that are not there, and leaves out findings "
+            "that are. A score without one for another patient's scan beside it says nothing about that.",
             "**Sampling.** With `do_sample=True` every draw says something else; likeliest words are not likeliest "
             "findings.",
             "**No history.** It sees one scan: no earlier one, no clinical question, no laboratory values.",

@@ -84,9 +84,9 @@ def model_card(folder: str | Path, *, repo_id: str | None = None, evaluation: st
     folder = Path(folder)
     config = read_config(folder)
     kind, hashes = kind_of(config), file_hashes(folder)
-    run = _run_of(folder, kind)
+    run = _beside(folder, kind, CONFIG)
     record = read_record(run) if run is not None else None
-    conversion = read_json(folder / CONVERSION)
+    conversion = read_json((_beside(folder, kind, CONVERSION) or folder) / CONVERSION)
     old = read_card(folder / CARD, ModelCard)
     weights = _weights_hash(hashes)
     found = read_evaluation(folder, Path(evaluation)) if evaluation is not None else None
@@ -203,16 +203,16 @@ def _input(folder: Path, kind: Kind) -> str:
         where = "its base's" if kind.name == "adapter" else "that of the model it is used in"
         return f"There is no processor among these files: the preparation of scans is {where}."
     note = (
-        "These steps are saved settings of the processor (`processor_config.json`), which does them all: give it scans "
-        "as they are, in Hounsfield units. One that cannot be read with certainty is refused."
+        "These steps are saved settings of the processor (`processor_config.json`), which does them all: give it "
+        "scans as they are, in Hounsfield units. One that cannot be read with certainty is refused."
     )
     return f"{note}\n\n{plain_table(('step', 'setting'), input_contract(processor))}"
 
 
-def _run_of(folder: Path, kind: Kind) -> Path | None:
-    """Where the record of the run is that made it; an adapter lies in the folder of its run."""
-    folders = [folder, folder.resolve().parent] if kind.name == "adapter" else [folder]
-    return next((run for run in folders if (run / CONFIG).exists()), None)
+def _beside(folder: Path, kind: Kind, name: str) -> Path | None:
+    """The folder that has this file: the model's, or of an adapter also the one of its run or base."""
+    folders = [folder, *folder.resolve().parents[:2]] if kind.name == "adapter" else [folder]
+    return next((place for place in folders if (place / name).exists()), None)
 
 
 def _training(folder: Path, run: Path | None, conversion: dict | None) -> str:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hsenet.cards import write_model_card
 from hsenet.fingerprint import store_fingerprint
 from hsenet.name_table import NameTable, Renaming, rename
 from processing_hsenet import HSENetImageProcessor, HSENetProcessor
@@ -97,11 +98,12 @@ def plain_config(config: dict) -> dict:
 def write_model(
     model: PreTrainedModel, processor: HSENetProcessor | HSENetImageProcessor | None, folder: Path, report: Report
 ) -> Report:
-    """Saves model, processor and report, and the fingerprint of what loads from there."""
+    """Saves model, processor, report and card, and the fingerprint of what loads from there."""
     model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
     report.write(folder, fingerprint=store_fingerprint(folder)["hash"])
+    write_model_card(folder)
     return report
 
 

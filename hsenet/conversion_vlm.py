@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from configuration_hsenet import HSENetCLIPConfig, HSENetConfig
 from hsenet.adapters import PEFT_PREFIX, adapter_layout, lora_config, merge_lora, save_adapter
+from hsenet.cards import write_model_card
 from hsenet.checkpoint_files import Checkpoint, read_checkpoint
 from hsenet.checkpoint_names import VLM_ADAPTER
 from hsenet.conversion import (
@@ -102,7 +103,10 @@ def convert_vlm(
         else:
             save_adapter(tensors, peft_config, folder / "adapters" / adapter)
             report.notes.append(f"without LoRA, which is in adapters/{adapter}: see hsenet.adapters.load_adapters")
-        return write_model(model.to(dtype), processor, folder, report)
+        write_model(model.to(dtype), processor, folder, report)
+        if adapter is not None:
+            write_model_card(folder / "adapters" / adapter)
+    return report
 
 
 def convert_vlm_adapter(source: str | Path, output: str | Path, *, base: str | Path, lora_alpha: int = 32) -> Report:
@@ -121,6 +125,7 @@ def convert_vlm_adapter(source: str | Path, output: str | Path, *, base: str | P
     with finished_folder(output) as folder:
         save_adapter(tensors, peft_config, folder)
         report.write(folder)
+        write_model_card(folder)
     return report
 
 

@@ -95,8 +95,8 @@ def _introduction(metrics: dict[str, Any], dataset: str) -> str:
     return (
         f"On the split `{as_cell(metrics['split'])}` of {as_cell(dataset)}: {metrics['num_studies']} studies of "
         f"{metrics['num_patients']} patients{questions}, by `train/evaluate.py`. {intervals} Floors do "
-        "without what this model reads in the scan: chance, random, constant and majority texts, age and sex alone, the "
-        "nearest training report. Numbers of different protocols are not comparable."
+        "without what this model reads in the scan: chance, random, constant and majority texts, age and sex alone, "
+        "the nearest training report. Numbers of different protocols are not comparable."
     )
 
 

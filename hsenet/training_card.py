@@ -93,8 +93,8 @@ def _environments(starts: list[dict[str, Any]]) -> list[str]:
         changes = " with uncommitted changes" if start.get("git_changes") else ""
         revision = f"; source at `{start['git_revision']}`{changes}" if start.get("git_revision") else ""
         lines.append(
-            f"- From step {start['from_step']}: {_duration(start)}{start['num_processes']} process(es) on {start['device']}, "
-            f"{start['platform']}, Python {start['python']}, {packages}{revision}"
+            f"- From step {start['from_step']}: {_duration(start)}{start['num_processes']} process(es) on "
+            f"{start['device']}, {start['platform']}, Python {start['python']}, {packages}{revision}"
         )
     return lines
 
