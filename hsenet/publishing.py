@@ -13,6 +13,8 @@ are not sent again.
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+from hsenet.cards import check_model_card, write_model_card
 from hsenet.confidential import Confidential
 from hsenet.model_folder import CARD, MODEL_FILES, matches, model_problems
 from hsenet.run_record import publishable
@@ -143,11 +146,12 @@ def model_publication(
     folder = _folder(folder)
     _refuse(model_problems(folder), "The model is not complete")
     publication = _collect(folder, MODEL_FILES)
-    if CARD not in publication.files:
-        raise PublishingError("There is no README.md, the model's card: write one.")
     if evaluation is not None:
         publication.files |= _evaluation_files(Path(evaluation))
-    _refuse_leaks(publication, folder, repo_id, identifiers)
+    known = Confidential.around(folder, repo_id.split("/"), map(Path, identifiers))
+    _refuse_leaks(publication.files, known)
+    publication.files[CARD] = _card(publication, repo_id, evaluation)
+    _refuse_leaks({CARD: publication.files[CARD]}, known)
     return publication
 
 
@@ -165,7 +169,8 @@ def dataset_publication(folder: str | Path, repo_id: str, identifiers: Iterable[
     is_phantom = build.exists() and "generator_version" in json.loads(build.read_text())
     publication = _collect(folder, DATASET_FILES + (PHANTOM_FILES if is_phantom else ()))
     _refuse(_dataset_problems(folder, publication), "The dataset is not complete")
-    _refuse_leaks(publication, folder, repo_id, identifiers, scans_may_be_named=True)
+    known = Confidential.around(folder, repo_id.split("/"), map(Path, identifiers))
+    _refuse_leaks(publication.files, known, scans_may_be_named=True)
     return publication
 
 
@@ -262,6 +267,26 @@ def _collect(folder: Path, patterns: tuple[str, ...]) -> Publication:
     return Publication(dict(sorted(files.items())), sorted(left_out), patterns)
 
 
+def _card(publication: Publication, repo_id: str, evaluation: str | Path | None) -> bytes:
+    """The card that describes these files, and keeps what people wrote; made among links, so that no folder changes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in publication.files.items():
+            place = Path(folder) / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                place.write_bytes(content)
+            elif name == CARD:
+                shutil.copyfile(content, place)
+            else:
+                place.symlink_to(content.resolve())
+        try:
+            content = write_model_card(folder, repo_id=repo_id, evaluation=evaluation).read_bytes()
+        except (ValueError, FileNotFoundError) as error:
+            raise PublishingError(f"The card cannot be written: {error}") from error
+    _refuse([f"the card: {problem}" for problem in check_model_card(content.decode())], "The card is not complete")
+    return content
+
+
 def _evaluation_files(folder: Path) -> dict[str, Path | bytes]:
     if not (folder / "metrics.json").is_file():
         raise PublishingError(
@@ -276,17 +301,9 @@ def _refuse(problems: list[str], what: str) -> None:
         raise PublishingError(f"{what}, so nothing was uploaded: {'; '.join(problems)}.")
 
 
-def _refuse_leaks(
-    publication: Publication,
-    folder: Path,
-    repo_id: str,
-    identifiers: Iterable[str | Path],
-    *,
-    scans_may_be_named: bool = False,
-) -> None:
-    known = Confidential.around(folder, repo_id.split("/"), map(Path, identifiers))
+def _refuse_leaks(files: dict[str, Path | bytes], known: Confidential, *, scans_may_be_named: bool = False) -> None:
     found = []
-    for name, content in publication.files.items():
+    for name, content in files.items():
         if not name.endswith(".py"):  # the package's own, to the byte
             kinds = known.found_in(name, content, scans_may_be_named=scans_may_be_named)
             found += [f"{name} holds {kind}" for kind in kinds]

@@ -30,6 +30,8 @@ from test_hub import QUESTION, answer, embeddings, without_the_package
 
 from hsenet import HSENetProcessor, read_volume
 from hsenet.adapters import adapter_layout, lora_config, save_adapter
+from hsenet.cards import check_model_card
+from hsenet.digests import model_digest
 from hsenet.fingerprint import store_fingerprint
 
 
@@ -243,14 +245,42 @@ def test_a_branch_of_its_own(hub, clients, folders):
 
 
 def test_an_evaluation_goes_without_its_paths(hub, clients, folders, tmp_path):
-    settings = {"dataset": str(tmp_path), "model": str(folders["first"]), "temperature": 1.0}
-    (tmp_path / "metrics.json").write_text(json.dumps({"settings": settings, "tasks": {"report": {"f1": 0.5}}}))
+    from transformers import AutoModel
+
+    sha = model_digest(AutoModel.from_pretrained(folders["first"]))
+    metrics = {
+        "dataset": str(tmp_path),
+        "split": "test",
+        **{f"num_{what}": 7 for what in ("studies", "patients", "questions")},
+        "settings": {"dataset": str(tmp_path), "num_resamples": 0},
+        "versions": {},
+        "models": {"model": {"folder": str(folders["first"]), "sha256": sha}},
+        "results": {},
+        "model_index": {"model": []},
+    }
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "table.md").write_text("| task | f1 |\n|---|---|\n| report | 0.5 |\n")
     push(clients, folders["first"], "someone/evaluated", "--evaluation", str(tmp_path))
     files = hub.repositories["models/someone/evaluated"].files()
     said = json.loads(files["metrics.json"])
-    assert said["tasks"] == {"report": {"f1": 0.5}} and said["settings"]["model"] == "first"
-    assert str(tmp_path).encode() not in files["metrics.json"] and b"0.5" in files["table.md"]
+    assert said["num_studies"] == 7 and said["models"]["model"] == {"folder": "first", "sha256": sha}
+    assert str(tmp_path).encode() not in b"".join(files.values()) and b"0.5" in files["table.md"]
+    assert b"7 studies" in files["README.md"]
+    assert "of other weights" in refusal(
+        clients, folders["second"], "someone/evaluated", "--evaluation", str(tmp_path)
+    )
+
+
+def test_the_card_is_written_where_none_is_and_people_are_heard(hub, clients, folders, tmp_path):
+    shutil.copytree(folders["clip"], tmp_path / "model")
+    push(clients, tmp_path / "model", "someone/carded")
+    card = hub.repositories["models/someone/carded"].files()["README.md"].decode()
+    assert check_model_card(card) == [] and "# A model" in card and "someone/carded" in card
+    assert (tmp_path / "model/README.md").read_text() == CARD
+    (tmp_path / "model/README.md").unlink()
+    push(clients, tmp_path / "model", "someone/uncarded")
+    assert check_model_card(hub.repositories["models/someone/uncarded"].files()["README.md"].decode()) == []
+    assert not (tmp_path / "model/README.md").exists()
 
 
 def test_files_of_others_in_the_repository_stay(hub, clients, folders):
@@ -267,10 +297,11 @@ def test_files_of_others_in_the_repository_stay(hub, clients, folders):
 
 @pytest.mark.parametrize("how", ["kill", "lost", "refuse", "drop"])
 def test_an_upload_that_fails_anywhere_leaves_the_old_or_the_new(how, hub, clients, folders):
-    push(clients, folders["second"], "someone/after")
     push(clients, folders["first"], "someone/fragile")
-    repository, new = hub.repositories["models/someone/fragile"], hub.repositories["models/someone/after"].files()
+    repository = hub.repositories["models/someone/fragile"]
     start, old = repository.branches["main"], repository.files()
+    push(clients, folders["second"], "someone/fragile")
+    new = repository.files()
     objects = {oid: content for oid, content in hub.objects.items() if content in old.values()}
     outcomes = set()
     for number in count(1):
@@ -349,7 +380,7 @@ def test_a_dry_run_asks_nobody(hub, clients, folders):
     ("breaking", "words"),
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "README.md").unlink(), "README.md"),
+        (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), "card cannot be written"),
         (lambda folder: (folder / "processor_config.json").unlink(), "processor_config.json is missing"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja is missing"),
@@ -457,8 +488,6 @@ def clean(folders, clients, tmp_path_factory) -> tuple[Path, tuple[str, ...], di
     """A model with nothing to hide, near keys and tables of names; options and environment of a push that finds so."""
     root = tmp_path_factory.mktemp("clean")
     shutil.copytree(folders["first"], root / "model")
-    for name in ("conversion.json", "data.json"):
-        (root / "model" / name).write_text("{}")
     (root / "data.salt").write_text("0123456789abcdef0123456789abcdef")
     names = "".join(f"v{number},{name}_CT/{name}.nii.gz,study 90,Eva^Ey\n" for number, name in enumerate(CANARIES))
     (root / "data.names.csv").write_text(f"volume_name,file,study_id,patient_id\n{names}")
@@ -473,7 +502,7 @@ def clean(folders, clients, tmp_path_factory) -> tuple[Path, tuple[str, ...], di
     ("plant", "file", "kind"),
     [
         (in_json("config.json", "/hospital3/models/base"), "config.json", "a local path"),
-        (in_json("conversion.json", "~/weights/base"), "conversion.json", "a local path"),
+        (in_json("fingerprint.json", "~/weights/base"), "fingerprint.json", "a local path"),
         (in_card("Trained on `/mnt/archive/ct`."), "README.md", "a local path"),
         (in_card(r"Trained on C:\Users\me\ct."), "README.md", "a local path"),
         (in_record, "run_config.yaml", "a local path"),
@@ -486,13 +515,13 @@ def clean(folders, clients, tmp_path_factory) -> tuple[Path, tuple[str, ...], di
         (in_card(f"/elsewhere/{USER}"), "README.md", "the home or working folder"),
         (in_card("key 0123456789abcdef0123456789abcdef"), "README.md", "the key of pseudonyms"),
         (in_card(f"Not {CANARIES[0]}, {CANARIES[2]}."), "README.md", "an identifier"),
-        (in_json("data.json", f"{CANARIES[1]}_CT"), "data.json", "an identifier"),
-        (in_json("data.json", "listed-1234"), "data.json", "an identifier"),
+        (in_json("fingerprint.json", f"{CANARIES[1]}_CT"), "fingerprint.json", "an identifier"),
+        (in_json("config.json", "listed-1234"), "config.json", "an identifier"),
         (in_card("Frau Eva Ey, 1947."), "README.md", "an identifier"),
-        (in_json("data.json", "thorax 12.nii.gz"), "data.json", "the name of a scan's file"),
+        (in_json("config.json", "thorax 12.nii.gz"), "config.json", "the name of a scan's file"),
         (in_card("1.2.840.113619.2.55.3.604688119.969"), "README.md", "a DICOM UID"),
         (in_card("Zwanzig^Max"), "README.md", "a person's name"),
-        (lambda folder: rewrite(folder / "data.json", PatientID="7"), "data.json", "a field of a DICOM header"),
+        (lambda folder: rewrite(folder / "config.json", PatientID="7"), "config.json", "a field of a DICOM header"),
     ],
 )
 def test_planted_leaks_never_arrive_and_are_named(plant, file, kind, hub, clients, clean, tmp_path):
