@@ -45,7 +45,9 @@ def _run_push(
     dry_run: bool,
     json: bool,
 ) -> None:
-    from hsenet.publishing import check_repo_id, dataset_publication, model_publication, publish  # takes seconds
+    # Takes seconds, which `hsenet push --help` should not.
+    from hsenet.publication import dataset_publication, model_publication
+    from hsenet.publishing import check_repo_id, publish
 
     if dataset and evaluation is not None:
         raise UsageError("--evaluation is of a model, and --dataset says that DIR is none.")
