@@ -11,12 +11,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.cuda
 from accelerate.commands.launch import launch_command_parser
+from transformers import dynamic_module_utils
+from transformers.models.auto import configuration_auto
 
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("accelerate", "hsenet", "make", "pip", "python")
+SOURCES = [
+    *(ROOT / name for name in ("hsenet_command.py", "hsenet_doctor.py")),
+    *ROOT.glob("*_hsenet.py"),
+    *(path for folder in ("hsenet", "train", "datasets_scripts") for path in (ROOT / folder).rglob("*.py")),
+]
+# Where messages of libraries that are quoted too come from.
+LIBRARIES = {"torch": [torch.cuda], "transformers": [dynamic_module_utils, configuration_auto]}
+FILLED_IN = "\0"
 # What stands in the pages for something else.
 PLACEHOLDERS = {" COMMAND": " report", " KIND": " vlm", "[EXTRA]": "[dev]", " --config ...": "", " ...": ""}
 VARIABLES = dict.fromkeys(("RANK_OF_THIS_NODE", "SLURM_NNODES", "SLURM_GPUS_ON_NODE", "SLURM_NODEID"), "2")
@@ -212,3 +223,44 @@ def filled(script: str) -> str:
     for placeholder, meaning in PLACEHOLDERS.items():
         script = script.replace(placeholder, meaning)
     return script
+
+
+def texts_of(path: Path) -> list[str]:
+    """A file's strings but docstrings, joined as Python joins them, with a mark where a value is filled in."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
+    texts = []
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else FILLED_IN for part in node.values]
+            texts.append("".join(parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+            texts.append(node.value)
+    return texts
+
+
+def says(texts: list[str], quotation: str) -> bool:
+    """Whether one text has the quotation's words in their order, and fills something in where it has "..."."""
+    words = [re.escape(part) for part in quotation.split("...")]
+    pattern = re.compile(f"{FILLED_IN}.*?".join(words), flags=re.DOTALL)
+    return any(pattern.search(text) for text in texts)
+
+
+def test_quoted_messages_are_those_of_the_source():
+    own = [text for path in SOURCES for text in texts_of(path)]
+    unknown, count = [], 0
+    for heading in headings(ROOT / "docs/troubleshooting.md"):
+        library = re.match(r'(\w+): "', heading)
+        texts = own
+        if library:
+            texts = [Path(module.__file__).read_text() for module in LIBRARIES[library[1]]]
+        for quotation in re.findall(r'"([^"]+)"', heading):
+            count += 1
+            unknown += [] if says(texts, quotation) else [quotation]
+    assert count > 50 and not unknown
+
+
+def test_what_no_message_says_is_found():
+    texts = [f"The file is {FILLED_IN} bytes and would unzip to {FILLED_IN}."]
+    assert says(texts, "The file is ... bytes and would")
+    assert not says(texts, "The file is not bytes and would") and not says(texts, "would unzip to ... bytes")
