@@ -1,5 +1,6 @@
 # `make quickstart`: train small on phantoms and write a report for a held-out scan. `make test`: run the tests.
-# Both make their own .venv; nothing is needed but Python (3.10 or newer) and make.
+# `make docs`: the docstrings as pages, in build/docs.
+# All make their own .venv; nothing is needed but Python (3.10 or newer) and make.
 
 PYTHON ?= python3
 OUTPUT ?= outputs/quickstart
@@ -15,7 +16,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_cpu_threads_per_proce
 
 DATA := --dataset $(OUTPUT)/phantoms --cache_dir $(OUTPUT)/cache
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test docs clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -24,6 +25,9 @@ DATA := --dataset $(OUTPUT)/phantoms --cache_dir $(OUTPUT)/cache
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+docs: .venv/installed
+	$(BIN)/python docs/render.py build/docs
 
 quickstart: .venv/installed
 	@date "+%T install finished, quickstart starts"

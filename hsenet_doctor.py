@@ -25,7 +25,7 @@ OK, NOTE, PROBLEM = "ok", "note", "problem"
 MIN_FREE_GB = 2.0
 GB = 2**30
 # Extras that install others, or what only developers need.
-_LEFT_OUT = ("dev", "coco")
+_LEFT_OUT = ("dev", "coco", "docs")
 
 
 @dataclass

@@ -1,8 +1,10 @@
 # Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
 """Scans and texts to embeddings by a contrastive model, and a record of all that decides what they are.
 
-embedder = Embedder.load("outputs/quickstart/stage2")
-embedder.texts(["Pleural effusion."]) @ embedder.volume(read_volume("scan.nii.gz"))  # a cosine
+    embedder = Embedder.load("outputs/quickstart/stage2")
+    embedder.texts(["Pleural effusion."]) @ embedder.volume(read_volume("scan.nii.gz"))  # a cosine
+
+Embeddings have length 1.
 """
 
 import hashlib

@@ -1,11 +1,13 @@
 # Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
 """One scan, read and encoded once, for any number of questions.
 
-model, processor = load_generation_model("outputs/quickstart/stage3")
-scan = EncodedScan.read(model, processor, "scan.nii.gz")
-scan.ask("Can you summarize with findings the images presented?")
-for piece in scan.stream("Is there a pleural effusion?"):  # text as it is written
-    print(piece, end="", flush=True)
+    model, processor = load_generation_model("outputs/quickstart/stage3")
+    scan = EncodedScan.read(model, processor, "scan.nii.gz")
+    scan.ask("Can you summarize with findings the images presented?")
+    for piece in scan.stream("Is there a pleural effusion?"):  # text as it is written
+        print(piece, end="", flush=True)
+
+`read` runs the encoders, a question the language model alone.
 """
 
 import copy

@@ -59,7 +59,7 @@ MODEL_TYPES = ("hsenet", "hsenet_clip", "hsenet_vision")
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a path, with "/" between its parts, is one of the patterns; "*" stands for one part or some of it."""
+    """Whether a path, with "/" between its parts, is one of the patterns; `*` stands for one part or some of it."""
     parts = name.split("/")
     return any(
         len(parts) == pattern.count("/") + 1 and all(map(fnmatchcase, parts, pattern.split("/")))

@@ -1,11 +1,11 @@
 """From a plan to a dataset folder.
 
-volumes/train-00000-of-00009.parquet   with --volumes nifti: rows with the scan, one scan a row group
-build/train-00000-of-00009.*           working files: what the rerun of an interrupted build finds done
-reports/train.parquet                  the same rows without the scans
-vqa/train.parquet                      questions about them
-excluded.csv, leakage.json, preview/, README.md
-corpus                                 with --volumes reference: a link to the local copy, never uploaded
+    volumes/train-00000-of-00009.parquet   with --volumes nifti: rows with the scan, one scan a row group
+    build/train-00000-of-00009.*           working files: what the rerun of an interrupted build finds done
+    reports/train.parquet                  the same rows without the scans
+    vqa/train.parquet                      questions about them
+    excluded.csv, leakage.json, preview/, README.md
+    corpus                                 with --volumes reference: a link to the local copy, never uploaded
 
 With --deidentify, beside the folder and never uploaded: OUTPUT.salt, the key of the pseudonyms, and OUTPUT.names.csv,
 which volume is which file of which study and patient. Uploads look for these names in what they send.
