@@ -164,7 +164,7 @@ class HSENetPatchEmbeddings(nn.Module):
         # (batch, grid_d, grid_h, grid_w, patch_d, patch_h, patch_w, channel): raster order, the channel fastest
         patches = patches.permute(0, 2, 4, 6, 3, 5, 7, 1)
         patches = patches.flatten(4).flatten(1, 3)  # (batch, num_patches, patch_dim)
-        return self.projection(patches.to(self.projection.weight.dtype)) + self.position_embeddings
+        return self.projection(patches.to(self.position_embeddings.dtype)) + self.position_embeddings
 
 
 class HSENetMLP(nn.Module):
@@ -770,6 +770,14 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
                 "Prepare the batch with the model's processor."
             )
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        volumes = [value for name in _VOLUME_INPUTS if (value := kwargs.get(name)) is not None and len(value)]
+        if kwargs.get("is_first_iteration") and not volumes:
+            new_ids = model_inputs.get("input_ids")  # without what a cache already holds
+            if new_ids is not None and (new_ids == self.config.image_token_id).any():
+                raise ValueError(
+                    "The text has placeholders of a volume, but no volume was given: the answer would be made up. "
+                    "Prepare both with the model's processor; of the pipelines use image-text-to-text."
+                )
         # Once the prompt is in the cache the volumes are too; without a cache every step reads them again.
         if not kwargs.get("is_first_iteration", False) and kwargs.get("use_cache", True):
             for name in _VOLUME_INPUTS:

@@ -28,6 +28,7 @@ from hsenet.cli_scan import (
 )
 from hsenet.digests import model_digest
 from hsenet.encoded_scan import EncodedScan, load_generation_model, prompt_for, read_with_warnings
+from hsenet.quantization import NOT_QUANTIZED, quantization_config
 from hsenet.report_prompts import REPORT_PROMPTS
 from hsenet.report_record import (
     NOTICE,
@@ -82,6 +83,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     add_model_options(model)
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: as stored)")
+    model.add_argument(
+        "--load_in",
+        choices=("8bit", "4bit"),
+        help="the language model's weights, with bitsandbytes (default: as stored)",
+    )
     model.add_argument(
         "--adapter", metavar="DIR", help="LoRA and packers of `hsenet convert vlm --adapter`, or Hub id"
     )
@@ -216,6 +222,7 @@ def _load(
     with_questions: bool,
     device: str | None,
     dtype: str | None,
+    load_in: str | None,
     revision: str | None,
     adapter: str | None,
     trust_remote_code: bool,
@@ -224,9 +231,12 @@ def _load(
     seed: int,
     **options,
 ) -> _Writer:
+    if adapter and load_in:
+        raise UsageError("--adapter is merged into the weights, which --load_in would have rounded before: choose one")
     where = chosen_device(device)
+    quantized = {"quantization_config": quantization_config(load_in, dtype, NOT_QUANTIZED)} if load_in else {}
     model, processor = load_generation_model(
-        source, revision=revision, device=where, dtype=dtype, trust_remote_code=trust_remote_code
+        source, revision=revision, device=where, dtype=dtype, trust_remote_code=trust_remote_code, **quantized
     )
     identity = model_identity(source, model, revision)
     if adapter:
@@ -240,6 +250,7 @@ def _load(
         "seed": seed,
         "device": _device_name(where),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "load_in": load_in,
         "trust_remote_code": trust_remote_code,
     }
     return _Writer(model, processor, identity, settings, read_options(options), json, with_questions)

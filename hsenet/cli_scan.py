@@ -3,6 +3,7 @@
 
 import argparse
 import json as json_format
+import logging as python_logging
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -94,6 +95,7 @@ def chosen_device(name: str | None) -> torch.device:
 def quiet_libraries(*, json: bool) -> None:
     """Bars only for a person who watches; what a library has to warn of is no part of a report."""
     logging.set_verbosity_error()
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
     if json or not sys.stderr.isatty():
         logging.disable_progress_bar()
 

@@ -57,7 +57,7 @@ def load_generation_model(
     Args:
         source (`str`): folder or Hub id.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
-        device (*optional*): default: the accelerator, if there is one; not with `device_map`.
+        device (*optional*): default: the accelerator, if there is one; has no say beside `device_map`.
         dtype (*optional*): of the weights; default: as they are stored.
         from_pretrained_kwargs:
             As `device_map` or `quantization_config`. `trust_remote_code=True` runs the model's own code; otherwise it
@@ -68,8 +68,11 @@ def load_generation_model(
     """
     trusted = from_pretrained_kwargs.pop("trust_remote_code", False)
     location = {"revision": revision} if revision is not None else {}
+    device = device if device is not None else best_device()
     if dtype is not None:
         from_pretrained_kwargs["dtype"] = dtype
+    if from_pretrained_kwargs.get("quantization_config") is not None:  # such weights are made where they stay
+        from_pretrained_kwargs.setdefault("device_map", {"": device})
     if trusted:
         model = AutoModel.from_pretrained(source, trust_remote_code=True, **location, **from_pretrained_kwargs)
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=True, **location)
@@ -79,8 +82,8 @@ def load_generation_model(
             raise ValueError(f"Expected a model that writes (stage 3, hsenet), got one of type {kind}.")
         model = HSENetForConditionalGeneration.from_pretrained(source, **location, **from_pretrained_kwargs)
         processor = HSENetProcessor.from_pretrained(source, **location)
-    if not {"device_map", "quantization_config"} & set(from_pretrained_kwargs):
-        model = model.to(device if device is not None else best_device())
+    if from_pretrained_kwargs.get("device_map") is None:
+        model = model.to(device)
     return model.eval(), processor
 
 

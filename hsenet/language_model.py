@@ -1,11 +1,12 @@
 """The language model that stage 3 starts from: in which precision its frozen weights are held."""
 
-import importlib.util
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hsenet.quantization import quantization_config
 
 
 @dataclass
@@ -30,15 +31,8 @@ def load_language_model(arguments: LanguageModelArguments, device: torch.device)
     dtype = getattr(torch, arguments.language_model_dtype)
     settings = {}
     if arguments.quantization != "none":
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ImportError(
-                'quantization needs bitsandbytes: `pip install -e ".[quantization]"`, or leave it "none".'
-            )
-        settings = {"quantization_config": _quantization(arguments.quantization, dtype), "device_map": {"": device}}
+        settings = {
+            "quantization_config": quantization_config(arguments.quantization, dtype),
+            "device_map": {"": device},
+        }
     return AutoModelForCausalLM.from_pretrained(arguments.language_model, dtype=dtype, **settings)
-
-
-def _quantization(bits: Literal["8bit", "4bit"], dtype: torch.dtype) -> BitsAndBytesConfig:
-    if bits == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

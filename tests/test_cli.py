@@ -134,6 +134,7 @@ def test_manifest_beside_the_report_says_what_decided_it(model, scans, tmp_path,
         "seed": 3,
         "device": "cpu",
         "dtype": "float32",
+        "load_in": None,
         "trust_remote_code": False,
         "reading": {"series": "by its UID"},
     }
