@@ -657,6 +657,12 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
             self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
         self.post_init()
 
+    @classmethod
+    def _from_config(cls, config: HSENetConfig, **kwargs) -> PreTrainedModel:
+        # vLLM asks `AutoModel` for the model without its head, which it brings itself.
+        headless = config.text_config._attn_implementation == "vllm"
+        return HSENetModel._from_config(config, **kwargs) if headless else super()._from_config(config, **kwargs)
+
     @property
     def slice_encoder(self) -> HSENetVisionModel | None:
         return self.model.slice_encoder
@@ -785,14 +791,8 @@ class HSENetForConditionalGeneration(HSENetSliceGuidedModel, GenerationMixin):
         return model_inputs
 
 
-_VOLUME_INPUTS = (
-    "pixel_values",
-    "slice_pixel_values",
-    "slice_features",
-    "global_patch_features",
-    "local_patch_features",
-    "mm_encoder_outputs",
-)
+_ENCODED = ("global_patch_features", "local_patch_features", "mm_encoder_outputs")
+_VOLUME_INPUTS = ("pixel_values", "slice_pixel_values", "slice_features", *_ENCODED)
 
 # Families whose language-model head cannot be rebuilt from `AutoModel` and one bias-free linear layer.
 _TEXT_MODELS_WITH_OTHER_HEADS = ("phi", "codegen", "gptj")

@@ -30,6 +30,7 @@ def to_markdown(context: jinja2.runtime.Context, docstring: str) -> str:
 def main(output: Path) -> None:
     names = sorted(path.stem for path in ROOT.glob("*hsenet*.py"))
     names += ["hsenet", *(module.name for module in pkgutil.iter_modules(hsenet.__path__, "hsenet."))]
+    names = [name for name in names if not name.startswith("hsenet.vllm_")]  # vLLM has an environment of its own
     pdoc.render.configure(docformat="google", search=True)
     pdoc.render.env.filters["to_markdown"] = to_markdown
     with warnings.catch_warnings():
