@@ -16,6 +16,8 @@ from accelerate.commands.launch import launch_command_parser
 from transformers import dynamic_module_utils
 from transformers.models.auto import configuration_auto
 
+from hsenet_command import COMMANDS
+
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -81,6 +83,11 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_linked_from_the_readme():
     linked = re.findall(r"\]\(docs/([\w-]+\.md)[^)]*\)", (ROOT / "README.md").read_text())
     assert {page.name for page in (ROOT / "docs").glob("*.md")} == set(linked)
+
+
+def test_every_command_is_in_the_table_of_commands():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/command_line.md").read_text(), flags=re.MULTILINE)
+    assert set(COMMANDS) <= {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
