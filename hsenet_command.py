@@ -16,6 +16,7 @@ from pkgutil import resolve_name
 COMMANDS = {
     "report": ("hsenet.cli_report:add_report", "the report of one or more scans"),
     "ask": ("hsenet.cli_report:add_ask", "questions about one scan, which is encoded once"),
+    "serve": ("hsenet.cli_serve:add_serve", "questions about scans over HTTP, in the format of OpenAI's chat"),
     "embed": ("hsenet.cli_embed:add_embed", "embeddings of scans and texts, and how alike they are"),
     "evaluate": ("hsenet.cli_evaluate:run_evaluate", "scores of trained models, each beside its floors"),
     "doctor": ("hsenet_doctor:add_doctor", "what is installed, whether a model is whole, and whether all works"),
@@ -35,6 +36,7 @@ EXTRAS = {
     "datasets": "train",
     "evaluate": "eval",
     "faiss": "search",
+    "fastapi": "serve",
     "fsspec": "train",
     "matplotlib": "figures",
     "nltk": "eval",
@@ -45,6 +47,7 @@ EXTRAS = {
     "pydicom": "dicom",
     "rouge_score": "eval",
     "sacrebleu": "eval",
+    "uvicorn": "serve",
     "yaml": "train",
 }
 INTERRUPTED, USAGE = 130, 2  # as shells have it, and argparse

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from hsenet.cli_model import add_generation_model_options, load_as_chosen, with_adapter
 from hsenet.cli_scan import (
     SCAN_HELP,
-    add_model_options,
     add_read_options,
     at_least_one,
     base_name,
@@ -27,8 +27,7 @@ from hsenet.cli_scan import (
     without_uid,
 )
 from hsenet.digests import model_digest
-from hsenet.encoded_scan import EncodedScan, load_generation_model, prompt_for, read_with_warnings
-from hsenet.quantization import NOT_QUANTIZED, quantization_config
+from hsenet.encoded_scan import EncodedScan, prompt_for, read_with_warnings
 from hsenet.report_prompts import REPORT_PROMPTS
 from hsenet.report_record import (
     NOTICE,
@@ -80,20 +79,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep_names", action="store_true", help="put the scans' file names into JSON and manifest")
     parser.add_argument("--figure", metavar="PNG", help="slices with the patch scores over them; for one scan")
-    model = parser.add_argument_group("model")
-    add_model_options(model)
-    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: as stored)")
-    model.add_argument(
-        "--load_in",
-        choices=("8bit", "4bit"),
-        help="the language model's weights, with bitsandbytes (default: as stored)",
-    )
-    model.add_argument(
-        "--adapter", metavar="DIR", help="LoRA and packers of `hsenet convert vlm --adapter`, or Hub id"
-    )
-    model.add_argument(
-        "--trust_remote_code", action="store_true", help="run the model's own code instead of the installed package's"
-    )
+    add_generation_model_options(parser)
     add_read_options(parser)
 
 
@@ -231,18 +217,19 @@ def _load(
     seed: int,
     **options,
 ) -> _Writer:
-    if adapter and load_in:
-        raise UsageError("--adapter is merged into the weights, which --load_in would have rounded before: choose one")
     where = chosen_device(device)
-    quantized = {"quantization_config": quantization_config(load_in, dtype, NOT_QUANTIZED)} if load_in else {}
-    model, processor = load_generation_model(
-        source, revision=revision, device=where, dtype=dtype, trust_remote_code=trust_remote_code, **quantized
+    model, processor = load_as_chosen(
+        source,
+        where,
+        dtype=dtype,
+        load_in=load_in,
+        adapter=adapter,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
     )
     identity = model_identity(source, model, revision)
     if adapter:
-        from hsenet.adapters import load_adapters, merge_adapter  # needs PEFT
-
-        model = merge_adapter(load_adapters(model, {"adapter": adapter}), "adapter").eval()
+        model = with_adapter(model, adapter)
         identity |= {"adapter": public_id(adapter), "merged_weights_sha256": model_digest(model)}
     settings = {
         "max_new_tokens": max_new_tokens,
