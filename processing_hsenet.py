@@ -224,11 +224,45 @@ class HSENetImageProcessor(BaseImageProcessor):
             tensors["slice_pixel_values"] = self._slice_pixel_values(scan, spacing, field_of_view)
         return tensors
 
+    def patches_on_scan(
+        self, volume: Volume, patch_scores: torch.Tensor
+    ) -> tuple[torch.Tensor, list[tuple[float, float]]]:
+        """
+        Where the model's patches lie in a scan, to show them over it.
+
+        Args:
+            volume: the scan that was processed.
+            patch_scores (`torch.Tensor` of shape `(grid_depth, grid_height, grid_width)`): along the model's axes.
+
+        Returns:
+            The scores along D, H, W of `volume.array`, and for each of these axes start and extent, in voxels of
+            `volume.array`, of what they cover; it may reach beyond the scan.
+        """
+        scan, spacing = self._oriented(volume)
+        normalized = scan if self._windows_by_slabs else self._normalized(scan, spacing)
+        seen = self._field_of_view(scan, spacing, normalized)
+        scales = [old / new for old, new in zip(scan.shape, normalized.shape, strict=True)]
+        box = [(start * scale, extent * scale) for (start, extent), scale in zip(seen, scales, strict=True)]
+        order, reversed_axes = self._axes(volume)
+        for axis in reversed_axes:
+            start, extent = box[axis]
+            box[axis] = (scan.shape[axis] - start - extent, extent)
+        back = [order.index(axis) for axis in range(3)]
+        return patch_scores.flip(reversed_axes).permute(back), [box[axis] for axis in back]
+
     def _oriented(self, volume: Volume) -> tuple[torch.Tensor, tuple[float, float, float]]:
         """HU (D, H, W) in the orientation of the settings, and the millimetres along these axes."""
         scan = torch.from_numpy(volume.array)
         if self.orientation == "canonical":
             return scan, volume.spacing
+        order, reversed_axes = self._axes(volume)
+        depth, height = volume.spacing[0], volume.spacing[order[1]]
+        return scan.permute(order).flip(reversed_axes), (depth, height, height)
+
+    def _axes(self, volume: Volume) -> tuple[list[int], list[int]]:
+        """Which axis of the volume each of the settings' orientation is, and which of the latter run backwards."""
+        if self.orientation == "canonical":
+            return [0, 1, 2], []
         first, second, third = volume.stored_orientation or "???"
         if third not in "SI":
             raise GeometryError(
@@ -237,9 +271,7 @@ class HSENetImageProcessor(BaseImageProcessor):
                 "affine=."
             )
         order = [CANONICAL_AXIS[direction] for direction in (third, first, second)]
-        reversed_axes = [axis for axis, direction in enumerate((third, first, second)) if direction in "IAR"]
-        depth, height = volume.spacing[0], volume.spacing[order[1]]
-        return scan.permute(order).flip(reversed_axes), (depth, height, height)
+        return order, [axis for axis, direction in enumerate((third, first, second)) if direction in "IAR"]
 
     def _resampled(self, values: torch.Tensor, spacing: tuple[float, float, float]) -> torch.Tensor:
         """On the grid of `resample_spacing`, in double precision; as they are if there is none."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from scans import stored_as
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import interpolate
 
@@ -49,6 +50,52 @@ def test_shapes_and_ranges():
     assert grey.min() >= 0 and grey.max() <= 1 and grey.std() > 0.1
     torch.testing.assert_close(grey[:, :, 0], grey[:, :, 2])
     assert "slice_pixel_values" not in tiny.image_processor(num_slices=0)(tiny.scan(), spacing=SPACING)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"crop_to_body": False},
+        {"spacing": (4.0, 1.5, 1.3)},
+        {"volume_fit": "nonzero_box"},
+        {"resample_spacing": (2.0, 1.5, 1.5)},
+        {"orientation": "stored"},
+        {"orientation": "stored", "volume_fit": "nonzero_box"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("flips", [(True, True, False), (False, True, True)])
+def test_patches_lie_on_the_scan_where_the_model_saw_them(settings, flips):
+    """What is painted where a patch is said to be turns up in that patch of `pixel_values`, and there alone."""
+    processor = tiny.image_processor(num_slices=0, **settings)
+    grid, patch = (2, 2, 2), [size // 2 for size in processor.image_size]
+    body = np.full((24, 48, 40), -1000, dtype=np.float32)
+    body[2:20, 4:40, 6:36] = -300
+    affine = np.array([[0, 0, -1.0, 40.0], [0, -1.0, 0, 35.5], [3.0, 0, 0, -120.0], [0, 0, 0, 1]])
+    stored, stored_affine = _stored(body, flips, affine)
+    volume = read_volume(stored, affine=stored_affine, **ANY_VALUES)
+    for cell in product(*map(range, grid)):
+        one = torch.zeros(grid)
+        one[cell] = 1
+        scores, box = processor.patches_on_scan(volume, one)
+        [place] = scores.nonzero().tolist()
+        region = tuple(
+            slice(max(0, round(start + index * extent / 2)), max(0, round(start + (index + 1) * extent / 2)))
+            for index, (start, extent) in zip(place, box, strict=True)
+        )
+        painted = body.copy()
+        painted[region] += 200 * (body[region] > -1000)
+        stored, stored_affine = _stored(painted, flips, affine)
+        values = processor(stored, affine=stored_affine, reading=ANY_VALUES, return_tensors="pt")["pixel_values"][0, 0]
+        brightest = values.unfold(0, patch[0], patch[0]).unfold(1, patch[1], patch[1]).unfold(2, patch[2], patch[2])
+        share = (brightest > brightest.max() - 0.04).float().mean((3, 4, 5))
+        assert share[cell] > 0.15 and share.sum() - share[cell] < 0.25 * share[cell], (cell, share)
+
+
+def _stored(array: np.ndarray, flips: tuple[bool, ...], affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As files have it: the third axis runs along the patient."""
+    return stored_as(array, (2, 1, 0), flips, affine)
 
 
 def test_paper_sizes_are_the_default():

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 HUB_FILES = sorted(ROOT.glob("*_hsenet.py"))
 SHIPPED = [ROOT / "hsenet_command.py", ROOT / "hsenet_doctor.py"] + sorted(
     path
-    for folder in ("hsenet", "train", "datasets_scripts", "examples", "benchmarks")
+    for folder in ("hsenet", "train", "datasets_scripts", "examples", "benchmarks", "demo")
     for path in (ROOT / folder).rglob("*.py")
 )
 ALLOWED_IMPORTS = {"torch", "numpy", "transformers", "huggingface_hub"}

@@ -1,0 +1,71 @@
+# Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
+"""Puts the page on the Hub as a Space, private unless told otherwise, or into a folder to look at first.
+
+    python demo/deploy.py your-name/hsenet-demo --model your-name/hsenet-reports
+    python demo/deploy.py --folder space
+
+A Space has its files in one folder and installs only what `requirements.txt` names: this package's code goes along, as
+it is in this checkout.
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+
+ROOT = Path(__file__).parents[1]
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "deploy.py")
+
+
+def collect(folder: Path) -> None:
+    """All files of the Space, into a new folder."""
+    shutil.copytree(ROOT / "demo", folder, ignore=LEFT_OUT)
+    shutil.copytree(ROOT / "hsenet", folder / "hsenet", ignore=LEFT_OUT)
+    for path in [*ROOT.glob("*_hsenet.py"), ROOT / "LICENSE", ROOT / "NOTICE.md"]:
+        shutil.copy(path, folder)
+
+
+def deploy(repo_id: str, model: str, revision: str | None, private: bool) -> str:
+    """Makes the Space if it does not exist, with its variables, and uploads all in one commit; returns its address."""
+    api = HfApi()
+    settings = {"HSENET_MODEL": model, "HSENET_REVISION": revision}
+    variables = [{"key": key, "value": value} for key, value in settings.items() if value]
+    api.create_repo(
+        repo_id, repo_type="space", space_sdk="gradio", private=private, space_variables=variables, exist_ok=True
+    )
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, "space")
+        collect(folder)
+        commit = api.upload_folder(
+            folder_path=folder,
+            repo_id=repo_id,
+            repo_type="space",
+            delete_patterns="*",
+            commit_message="Page and package",
+        )
+    return str(commit.repo_url)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repo_id", nargs="?", help="OWNER/NAME of the Space")
+    parser.add_argument("--model", help="Hub id of the model that writes")
+    parser.add_argument("--revision", help="of the model: the commit to load")
+    parser.add_argument("--public", action="store_true", help="a Space that is made is open to anybody")
+    parser.add_argument("--folder", type=Path, help="write the files to this new folder and upload nothing")
+    arguments = parser.parse_args()
+    if arguments.folder is not None:
+        if arguments.folder.exists():
+            parser.error("--folder exists: expected the name of a new folder")
+        collect(arguments.folder)
+        return
+    if arguments.repo_id is None or arguments.model is None:
+        parser.error("expected OWNER/NAME of the Space and --model, or --folder")
+    print(deploy(arguments.repo_id, arguments.model, arguments.revision, not arguments.public))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,509 @@
+"""The page in a real browser (Debian's Chromium with playwright): visits as people make them, on a tiny model.
+
+Screenshots are kept in build/test_demo. Without a Chromium these tests are skipped; `.ci/run` installs one.
+"""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import fake_hub
+import nibabel
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from scans import SHAPE, make_scan, write_series, zip_folder
+
+from hsenet import HSENetProcessor
+from hsenet.encoded_scan import EncodedScan
+from hsenet.index import SearchIndex
+
+
+gradio = pytest.importorskip("gradio")
+playwright = pytest.importorskip("playwright.sync_api")
+
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "build" / "test_demo"
+CHROMIUM = os.environ.get("HSENET_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+NAME = "DOE_JANE"
+AFFINE = np.diag([-8.0, -8.0, 10.0, 1.0])
+FIRST, SECOND = "Is there a pericardial effusion?", "Is there a nodule of 12 mm?"
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: install it, or name it in HSENET_CHROMIUM")
+
+
+def write_scan(path: Path, flips: tuple[int, ...] = ()) -> Path:
+    nibabel.save(nibabel.Nifti1Image(np.flip(tiny.scan(), flips).transpose(2, 1, 0), AFFINE), path)
+    return path
+
+
+def build_index(folder: Path) -> tuple[Path, Path]:
+    """Two patients, and a report that would run if the page took it for HTML."""
+    model = folder / "clip"
+    tiny.clip_model("slices").save_pretrained(model)
+    HSENetProcessor(tiny.image_processor(), tiny.tokenizer()).save_pretrained(model)
+    write_scan(folder / "a.nii.gz", (0,))
+    write_scan(folder / "b.nii.gz", (0, 1))
+    rows = [
+        'a.nii.gz,one,061Y,"<img src=x onerror=""window.taken=1"">A nodule.",Lung nodule',
+        "b.nii.gz,two,,No effusion.,",
+    ]
+    table = folder / "scans.csv"
+    table.write_text("\n".join(["volume,patient_id,age,findings,labels", *rows]) + "\n")
+    SearchIndex.build(folder / "index", table, model, cache_dir=folder / "cache")
+    return folder / "index", model
+
+
+class Site:
+    """The page as it is served, and what it was made of."""
+
+    def __init__(self, folder: Path):
+        import app
+        from assistant import Assistant
+
+        self.uploads, model = folder / "uploads", folder / "model"
+        self.uploads.mkdir()
+        samples = folder / "samples"
+        samples.mkdir()
+        write_scan(samples / "straight.nii.gz")
+        write_scan(samples / "turned.nii.gz", (1,))
+        generator = tiny.generation_model()
+        generator.save_pretrained(model)
+        tiny.processor(generator).save_pretrained(model)
+        index, index_model = build_index(folder)
+        os.environ["GRADIO_TEMP_DIR"] = str(self.uploads)
+        settings = {"index": str(index), "index_model": str(index_model), "samples": str(samples)}
+        self.assistant = Assistant.load(str(model), max_new_tokens=24, min_new_tokens=24, **settings)
+        self.page = app.build_page(self.assistant)
+        _, self.address, _ = app.launch(self.page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+        self.assistant.claims_come_within = 0.5
+        self.encoded: list[str] = []
+        for name in ("global_encoder", "local_encoder", "slice_encoder"):
+            encoder = getattr(self.assistant.model.model, name)
+            encoder.register_forward_hook(lambda *_, name=name: self.encoded.append(name))
+        # A token takes some time, as it does with a model of true size.
+        self.assistant.model.lm_head.register_forward_hook(lambda *_: time.sleep(0.02))
+
+    def keeps_no_upload(self) -> bool:
+        """Gradio itself makes empty files with random names."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            files = [path for path in self.uploads.rglob("*") if path.is_file()]
+            if not any(path.stat().st_size or "DOE" in str(path) for path in files):
+                return True
+            time.sleep(0.1)
+        return False
+
+    def says(self, file: Path, question: str) -> str:
+        scan = EncodedScan.read(self.assistant.model, self.assistant.processor, str(file))
+        return scan.ask(question, **self.assistant.generate_kwargs)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "demo"))
+        patch.setenv("GRADIO_TEMP_DIR", "")
+        site = Site(tmp_path_factory.mktemp("site"))
+        yield site
+        site.page.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Visitor:
+    """A browser of its own, and what its user sees."""
+
+    def __init__(self, browser, site: Site, **device):
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **device})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.troubles: list[str] = []
+        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
+        self.asked_elsewhere: list[str] = []
+        self.page.on("request", lambda request: self._note(request.url, site.address))
+        self.page.goto(site.address)
+        self.page.wait_for_selector("#samples")
+
+    def _note(self, url: str, address: str) -> None:
+        if not url.startswith((address, "data:", "blob:")):
+            self.asked_elsewhere.append(url)
+
+    def pick(self, name: str) -> None:
+        before = self.picture_source("axial")
+        self.page.locator("#samples").get_by_text(name, exact=True).click()
+        self.wait_for_other_picture("axial", before)
+
+    def upload(self, path: Path) -> None:
+        self.page.locator("#upload input[type=file]").set_input_files(path)
+
+    def status(self, word: str) -> str:
+        return self.page.locator("#status").filter(has_text=word).inner_text()
+
+    def picture_source(self, plane: str) -> str | None:
+        image = self.page.locator(f"#{plane}-picture img")
+        return image.get_attribute("src") if image.count() else None
+
+    def wait_for_other_picture(self, plane: str, before: str | None) -> None:
+        changed = "([plane, before]) => { const i = document.querySelector(`#${plane}-picture img`);"
+        self.page.wait_for_function(changed + " return i && i.src !== before }", arg=[plane, before])
+
+    def picture(self, plane: str) -> np.ndarray:
+        """Pixels of the slice that is shown."""
+        content = base64.b64decode(self.picture_source(plane).split(",")[1])
+        return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(float)
+
+    def caption(self, plane: str) -> str:
+        return self.page.locator(f"#{plane}-picture figcaption").inner_text()
+
+    def report(self) -> str:
+        return self.page.locator("#report textarea").input_value()
+
+    def wait_until_silent(self) -> None:
+        """The model has said all."""
+        text, since = None, time.monotonic()
+        while time.monotonic() - since < 1.0:
+            self.page.wait_for_timeout(100)
+            now = self.report() + self.page.locator("#chat").inner_text()
+            if now != text:
+                text, since = now, time.monotonic()
+
+    def ask(self, question: str) -> str:
+        answers = self.page.locator("#chat .bot.message")
+        count = answers.count()
+        self.page.locator("#question textarea").fill(question)
+        self.page.keyboard.press("Enter")
+        self.page.wait_for_function(
+            "count => document.querySelectorAll('#chat .bot.message').length > count", arg=count
+        )
+        self.wait_until_silent()
+        return answers.last.inner_text().strip()
+
+    def keep(self, name: str) -> None:
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+
+
+@pytest.fixture
+def visit(browser, site):
+    """Visitors, who must meet no error of the page's scripts and make their browsers ask nobody else."""
+    visitors = []
+
+    def come(**device) -> Visitor:
+        visitors.append(Visitor(browser, site, **device))
+        return visitors[-1]
+
+    yield come
+    for visitor in visitors:
+        visitor.context.close()
+        assert not visitor.troubles and not visitor.asked_elsewhere
+
+
+@in_browser
+def test_a_scan_is_looked_at_in_three_planes(visit, site):
+    from viewer import WINDOWS
+
+    visitor = visit()
+    visitor.pick("straight")
+    assert "10 × 40 × 36 voxels · 10.00 × 8.00 × 8.00 mm" in visitor.status("voxels")
+    volume = site.assistant.open_sample("straight").volume
+    for plane, axis in (("axial", 0), ("coronal", 1), ("sagittal", 2)):
+        count = volume.array.shape[axis]
+        assert f"{(count + 1) // 2} / {count}" in visitor.caption(plane)
+        before = visitor.picture_source(plane)
+        visitor.page.locator(f"#{plane} input[type=range]").press("ArrowRight")
+        visitor.wait_for_other_picture(plane, before)
+        index = (count + 1) // 2  # the next one
+        assert f"{index + 1} / {count}" in visitor.caption(plane)
+        lowest, highest = WINDOWS["Lung"]
+        shown = volume.array.take(index, axis=axis)
+        grey = np.clip((shown - lowest) / (highest - lowest), 0, 1) * 255
+        grey = grey if plane == "axial" else grey[::-1]  # the head is up
+        picture = visitor.picture(plane)
+        small = np.asarray(Image.fromarray(picture[..., 0].astype(np.uint8)).resize(grey.shape[::-1], Image.BOX))
+        assert np.abs(small - grey).mean() < 12 and np.corrcoef(small.ravel(), grey.ravel())[0, 1] > 0.95
+    before, lung = visitor.picture_source("axial"), visitor.picture("axial").mean()
+    visitor.page.locator("#window").get_by_text("Soft tissue").click()
+    visitor.wait_for_other_picture("axial", before)
+    assert visitor.picture("axial").mean() < lung - 10
+    before = visitor.picture_source("axial")
+    assert np.ptp(visitor.picture("axial"), axis=-1).max() < 8  # grey
+    visitor.page.locator("#overlay input").check()
+    visitor.wait_for_other_picture("axial", before)
+    assert np.ptp(visitor.picture("axial"), axis=-1).max() > 60  # coloured
+    visitor.keep("planes")
+
+
+@in_browser
+def test_a_report_is_streamed_and_questions_encode_nothing_again(visit, site, tmp_path):
+    from assistant import REPORT_REQUEST
+
+    visitor = visit()
+    site.encoded.clear()
+    visitor.pick("turned")
+    assert sorted(site.encoded) == ["global_encoder", "local_encoder", "slice_encoder"]
+    seen = (
+        "window.seen = []; setInterval(() => window.seen.push(document.querySelector('#report textarea').value), 30)"
+    )
+    visitor.page.evaluate(seen)
+    visitor.page.get_by_role("button", name="Write report").click()
+    visitor.page.wait_for_function("document.querySelector('#report textarea').value.length > 0")
+    visitor.wait_until_silent()
+    texts = visitor.page.evaluate("[...new Set(window.seen)].filter(text => text)")
+    assert len(texts) > 3 and all(later.startswith(text) for text, later in zip(texts, texts[1:], strict=False))
+    answers = [visitor.ask(question) for question in (FIRST, SECOND)]
+    assert len(site.encoded) == 3
+    file = write_scan(tmp_path / "turned.nii.gz", (1,))
+    expected = [site.says(file, question) for question in (REPORT_REQUEST, FIRST, SECOND)]
+    assert [visitor.report(), *answers] == expected and len(set(expected)) == 3
+    visitor.keep("report_and_questions")
+
+
+@in_browser
+def test_an_upload_is_read_and_deleted_and_a_broken_one_refused(visit, site, tmp_path):
+    visitor = visit()
+    visitor.upload(write_scan(tmp_path / f"{NAME}.nii.gz"))
+    assert "10 × 40 × 36 voxels" in visitor.status("voxels")
+    assert site.keeps_no_upload()
+    broken = tmp_path / f"{NAME}_broken.nii.gz"
+    broken.write_bytes((tmp_path / f"{NAME}.nii.gz").read_bytes()[:4000])
+    visitor.upload(broken)
+    said = visitor.status("refused")
+    assert re.search("cut off|truncated|ends|incomplete", said) and NAME not in said
+    assert visitor.picture_source("axial") is None  # nothing is left of the scan before
+    assert visitor.page.get_by_role("button", name="Write report").is_disabled()
+    assert site.keeps_no_upload()
+    visitor.keep("refused")
+
+
+@in_browser
+def test_a_zip_with_two_series_is_refused_until_one_is_chosen(visit, site, tmp_path):
+    for number, array in enumerate((make_scan(), make_scan()[2:])):
+        (tmp_path / "study" / str(number)).mkdir(parents=True)
+        write_series(tmp_path / "study" / str(number), array)
+    archive = zip_folder(tmp_path / "study", tmp_path / f"{NAME}.zip", compression=zipfile.ZIP_DEFLATED)
+    visitor = visit()
+    visitor.upload(archive)
+    said = visitor.status("refused")
+    assert "got 2 groups of slices" in said and "DOE" not in said
+    visitor.page.get_by_text("If a scan is refused").click()
+    visitor.page.locator("#series textarea").fill("1")
+    visitor.upload(archive)
+    assert re.search(f"^(12|10) × {SHAPE[1]} × {SHAPE[2]} voxels", visitor.status("voxels"))
+    assert site.keeps_no_upload()
+
+
+@in_browser
+def test_two_visitors_at_once_do_not_mix(visit, site, tmp_path):
+    from assistant import REPORT_REQUEST
+
+    visitors = {"straight": visit(), "turned": visit()}
+    for name, visitor in visitors.items():
+        visitor.pick(name)
+    for visitor in visitors.values():
+        visitor.page.get_by_role("button", name="Write report").click()
+    flips = {"straight": (), "turned": (1,)}
+    expected = {
+        name: site.says(write_scan(tmp_path / f"{name}.nii.gz", turned), REPORT_REQUEST)
+        for name, turned in flips.items()
+    }
+    for name, visitor in visitors.items():
+        visitor.page.wait_for_function(
+            "text => document.querySelector('#report textarea').value === text", arg=expected[name]
+        )
+    assert expected["straight"] != expected["turned"]
+    # Both upload the same file, which Gradio keeps in one place.
+    same = write_scan(tmp_path / f"{NAME}.nii.gz", (2,))
+    for visitor in visitors.values():
+        visitor.pick("straight" if visitor is visitors["turned"] else "turned")
+    before = {name: visitor.picture_source("axial") for name, visitor in visitors.items()}
+    for visitor in visitors.values():
+        visitor.upload(same)
+    for name, visitor in visitors.items():
+        visitor.wait_for_other_picture("axial", before[name])
+        assert "voxels" in visitor.status("voxels")
+    assert site.keeps_no_upload()
+
+
+@in_browser
+def test_similar_scans_are_text(visit):
+    visitor = visit()
+    visitor.pick("straight")
+    visitor.page.get_by_role("button", name="Find similar scans").click()
+    found = visitor.page.locator("#nearest li")
+    found.first.wait_for()
+    assert found.count() == 2 and "A nodule." in visitor.page.locator("#nearest").inner_text()
+    assert "<img src=x" in visitor.page.locator("#nearest").inner_text()  # shown, not run
+    assert visitor.page.evaluate("window.taken") is None
+    visitor.keep("similar")
+
+
+@in_browser
+def test_a_phone(visit):
+    visitor = visit(viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
+    visitor.page.locator("#samples").get_by_text("straight").tap()
+    visitor.wait_for_other_picture("axial", None)
+    visitor.page.get_by_role("button", name="Write report").tap()
+    visitor.page.wait_for_function("document.querySelector('#report textarea').value.length > 0")
+    width = visitor.page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 360, f"the page is {width} pixels wide"
+    for plane in ("axial", "coronal", "sagittal"):
+        assert visitor.page.locator(f"#{plane}-picture img").bounding_box()["width"] > 250
+    visitor.keep("phone")
+
+
+@in_browser
+def test_a_keyboard_is_enough(visit):
+    visitor = visit()
+    keyboard = visitor.page.keyboard
+
+    def tab_to(selector: str) -> None:
+        for _ in range(40):
+            keyboard.press("Tab")
+            if visitor.page.evaluate("selector => document.activeElement.matches(selector)", selector):
+                return
+        raise AssertionError(f"{selector} is not reached")
+
+    tab_to("#samples input")
+    keyboard.press("Space")
+    visitor.wait_for_other_picture("axial", None)
+    before = visitor.picture_source("axial")
+    tab_to("#window label:nth-of-type(2) input")
+    keyboard.press("Space")
+    visitor.wait_for_other_picture("axial", before)
+    tab_to("#overlay input")
+    before = visitor.picture_source("axial")
+    keyboard.press("Space")
+    visitor.wait_for_other_picture("axial", before)
+    tab_to("#sagittal input[type=range]")
+    before = visitor.picture_source("sagittal")
+    keyboard.press("ArrowLeft")
+    visitor.wait_for_other_picture("sagittal", before)
+    tab_to("#write")
+    keyboard.press("Enter")
+    visitor.page.wait_for_function("document.querySelector('#report textarea').value.length > 0")
+    visitor.wait_until_silent()
+    tab_to("#question textarea")
+    keyboard.type(FIRST)
+    keyboard.press("Enter")
+    visitor.page.wait_for_selector("#chat .bot.message")
+    nameless = """[...document.querySelectorAll('input:not([type=file]), textarea, button')].filter(one =>
+        one.checkVisibility() && !(one.labels && one.labels.length) && !one.ariaLabel && !one.title
+        && !one.innerText.trim()).map(one => one.outerHTML.slice(0, 120))"""
+    assert visitor.page.evaluate(nameless) == []
+
+
+@in_browser
+def test_limits_are_in_sight(visit):
+    visitor = visit()
+    notice = visitor.page.get_by_role("note")
+    assert "Not a medical device" in notice.inner_text() and notice.bounding_box()["y"] < 300
+    assert "not where a finding lies" in visitor.page.locator(".limits").inner_text()
+
+
+# The Space
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory) -> Path:
+    """Its files as `deploy.py` collects them."""
+    folder = tmp_path_factory.mktemp("deployed") / "space"
+    subprocess.run([sys.executable, ROOT / "demo" / "deploy.py", "--folder", folder], check=True)
+    return folder
+
+
+def test_a_space_stands_on_its_own(space, site, tmp_path):
+    """From its folder and its variables alone, with this checkout out of reach."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shutil.copytree(site.uploads.parent / "model", tmp_path / "model")
+    program = f"""
+import runpy, sys
+sys.path = [{str(space)!r}] + [folder for folder in sys.path if folder not in ("", {str(ROOT)!r})]
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+sys.argv = ["app.py", "--host", "127.0.0.1", "--port", "{port}"]
+import hsenet
+assert hsenet.__file__.startswith({str(space)!r}), hsenet.__file__
+runpy.run_path({str(space / "app.py")!r}, run_name="__main__")
+"""
+    environment = {**os.environ, "HSENET_MODEL": str(tmp_path / "model"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment, stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while "Running on" not in (tmp_path / "log").read_text():
+            assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.3)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/config") as answer:
+            assert "Phantom 1" in json.dumps(json.load(answer))
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def test_a_space_installs_what_the_extra_says():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras, needed, waiting = project["optional-dependencies"], set(project["dependencies"]), ["demo"]
+    while waiting:
+        for requirement in extras[waiting.pop()]:
+            inner = re.fullmatch(r"hsenet\[(.*)\]", requirement)
+            waiting += inner[1].split(",") if inner else []
+            needed |= set() if inner else {requirement}
+    sdk = re.search(r"sdk_version: (\S+)", (ROOT / "demo" / "README.md").read_text())[1]
+    [version] = [requirement for requirement in needed if requirement.startswith("gradio")]
+    assert re.fullmatch(r"gradio>=(\d+)\.\d+,<\d+", version)[1] == sdk.split(".")[0]
+    assert set((ROOT / "demo" / "requirements.txt").read_text().split()) == needed - {version}
+
+
+def test_a_space_is_one_private_commit(tmp_path):
+    with fake_hub.Hub() as hub:
+        environment = {**os.environ, **hub.environment(tmp_path / "home")}
+        command = [sys.executable, ROOT / "demo" / "deploy.py", "someone/demo", "--model", "someone/reports"]
+        for _ in range(2):  # again: it stays one whole
+            run = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr
+        repository = hub.repositories["spaces/someone/demo"]
+    files = set(repository.files())
+    assert repository.private
+    assert {
+        "app.py",
+        "style.css",
+        "README.md",
+        "requirements.txt",
+        "hsenet/__init__.py",
+        "modeling_hsenet.py",
+    } <= files
+    assert not any("__pycache__" in name or name == "deploy.py" for name in files)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [([], "expected --model"), (["--model", "m", "--index", "i"], "belong together")]
+)
+def test_settings_that_do_not_go_together(site, options, words, monkeypatch, capsys):
+    import app
+
+    monkeypatch.delenv("HSENET_MODEL", raising=False)
+    with pytest.raises(SystemExit):
+        app.parse_arguments(options)
+    assert words in capsys.readouterr().err
