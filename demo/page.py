@@ -196,9 +196,9 @@ def _connect_opening(
 
     # Claimed at once and read when the model is free: meanwhile another visitor may upload the same file.
     opening.upload.upload(
-        lambda path: (assistant.claim(path), None),
+        lambda path: (assistant.claim(path), None, None),
         opening.upload,
-        [claimed, opening.upload],
+        [claimed, opening.upload, opening.samples],
         cancels=running,
         queue=False,
         api_visibility="private",

@@ -278,7 +278,11 @@ def test_a_report_is_streamed_and_questions_encode_nothing_again(visit, site, tm
 @in_browser
 def test_an_upload_is_read_and_deleted_and_a_broken_one_refused(visit, site, tmp_path):
     visitor = visit()
+    visitor.pick("turned")
+    before = visitor.picture_source("axial")
     visitor.upload(write_scan(tmp_path / f"{NAME}.nii.gz"))
+    visitor.wait_for_other_picture("axial", before)
+    assert visitor.page.locator("#samples input:checked").count() == 0  # so that it can be picked again
     assert "10 × 40 × 36 voxels" in visitor.status("voxels")
     assert site.keeps_no_upload()
     broken = tmp_path / f"{NAME}_broken.nii.gz"
@@ -290,6 +294,8 @@ def test_an_upload_is_read_and_deleted_and_a_broken_one_refused(visit, site, tmp
     assert visitor.page.get_by_role("button", name="Write report").is_disabled()
     assert site.keeps_no_upload()
     visitor.keep("refused")
+    visitor.pick("turned")
+    assert visitor.picture_source("axial") == before
 
 
 @in_browser
