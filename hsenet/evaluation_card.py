@@ -2,6 +2,7 @@
 """What train/evaluate.py found about one model, as its card says it: entries, tables, and what the figures admit."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from hsenet.card_marks import read_card
 from hsenet.digests import model_digest
 from hsenet.metrics.table import as_cell, plain_table
 from hsenet.scoring.output import HEADLINES
+from hsenet.sources import HUB_ID
 
 
 OWN, OTHER, BLANK = "model", "model, another patient's scan", "model, blank scan"  # systems of hsenet/scoring/text.py
+LOCAL = "a local dataset"
 NO_FLOOR = ("true reports",)
 DIVERSITY = ("unique_texts", "self_bleu_4", "unreadable")  # more is not better
 GROUPS = ("accuracy[", "option_accuracy[")  # by type and anatomy
@@ -59,7 +62,7 @@ def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:
     own = ("report", "vqa") if role == OWN else (role,)  # first words of the tasks' names
     tasks = {task: rows for task, rows in metrics["results"].items() if task.split()[0] in own}
     dataset = _dataset_name(metrics)
-    results = _eval_results(metrics["model_index"][role], dataset)
+    results = _eval_results(metrics, role, dataset)
     verdict = [metrics["verdict"]["text"]] if role == OWN and "verdict" in metrics else []
     parts = [_introduction(metrics, dataset), *verdict]
     parts += [f"### {as_cell(task)}\n\n{_table(rows, role)}" for task, rows in tasks.items()]
@@ -74,17 +77,24 @@ def read_evaluation(folder: Path, output_dir: Path) -> Evaluation:
 def _dataset_name(metrics: dict[str, Any]) -> str:
     folder = Path(metrics["dataset"])
     if not folder.is_dir():
-        return metrics["dataset"]
+        return metrics["dataset"] if HUB_ID.fullmatch(metrics["dataset"]) else LOCAL
     card = read_card(folder / "README.md", DatasetCard)
-    return (card.data.get("pretty_name") if card is not None else None) or "a local dataset"
+    return (card.data.get("pretty_name") if card is not None else None) or LOCAL
 
 
-def _eval_results(model_index: list[dict], dataset: str) -> list[EvalResult]:
-    if not model_index:
+def _eval_results(metrics: dict[str, Any], role: str, dataset: str) -> list[EvalResult]:
+    """The headline scores, each with its interval and, beside it, what the best floor reaches."""
+    if not metrics["model_index"][role]:
         return []
-    _, results = model_index_to_eval_results(model_index)
+    _, results = model_index_to_eval_results(metrics["model_index"][role])
     for result in results:
         result.dataset_name = dataset
+        if result.dataset_type != metrics["dataset"] or not HUB_ID.fullmatch(dataset):  # a folder's name
+            result.dataset_type = re.sub(r"[^\w.-]+", "-", dataset, flags=re.ASCII).strip("-").lower() or "local"
+        rows = metrics["results"][result.task_name]
+        if (floor := _best_floor(rows, result.metric_name, [role])) is not None:
+            floors = {"best_floor": round(floor["value"], 4), "best_floor_is": floor["system"]}
+            result.metric_args = (result.metric_args or {}) | floors
     return results
 
 
@@ -110,7 +120,9 @@ def _table(rows: list[dict], role: str) -> str:
     table = []
     for score in scores:
         cells = [_number(by_place.get((system, score))) for system in systems]
-        table.append((score, *cells, _best_floor(rows, score, systems), by_place[role, score]["protocol"]))
+        floor = _best_floor(rows, score, systems)
+        best = f"{floor['value']:.3f}: {floor['system']}" if floor is not None else ""
+        table.append((score, *cells, best, by_place[role, score]["protocol"]))
     named = ["this model", *(system.removeprefix("model, ") for system in systems[1:])]
     return plain_table(("score", *named, "best floor", "protocol"), table)
 
@@ -129,12 +141,9 @@ def _floors(rows: list[dict], score: str, systems: list[str]) -> list[dict]:
     ]
 
 
-def _best_floor(rows: list[dict], score: str, systems: list[str]) -> str:
-    floors = _floors(rows, score, systems)
-    if score in DIVERSITY or not floors:
-        return ""
-    best = max(floors, key=lambda row: row["value"])
-    return f"{best['value']:.3f}: {best['system']}"
+def _best_floor(rows: list[dict], score: str, systems: list[str]) -> dict | None:
+    floors = [] if score in DIVERSITY else _floors(rows, score, systems)
+    return max(floors, key=lambda row: row["value"], default=None)
 
 
 def _weaknesses(tasks: dict[str, list[dict]], role: str, settings: dict[str, Any]) -> list[str]:

@@ -157,6 +157,7 @@ def input_contract(processor: HSENetImageProcessor) -> list[tuple[str, str]]:
         ("values", "Hounsfield units; anything else is refused"),
         ("orientation", _orientation(processor)),
         ("field of view", _field_of_view(processor)),
+        ("spacing", _spacing(processor)),
         ("volume", f"{_by(processor.image_size)} voxels (depth, height, width)"),
         ("volume's HU window", f"{_range(processor.hu_window)} HU, {_levels(processor.volume_normalization)}"),
         ("volume's normalisation", f"minus {processor.volume_mean:g}, divided by {processor.volume_std:g}"),
@@ -198,11 +199,17 @@ def _orientation(processor: HSENetImageProcessor) -> str:
 
 def _field_of_view(processor: HSENetImageProcessor) -> str:
     if processor.volume_fit == "nonzero_box":
-        return "bounding box of what is above the window's lower end, interpolated without antialiasing"
+        return "bounding box of what is above the window's lower end"
     if processor.spacing is not None:
-        return f"{_by(processor.spacing)} mm a voxel, centred on the body and padded with the window's lower end"
-    box = "the body's bounding box" if processor.crop_to_body else "the whole scan"
-    return f"{box}, stretched to the volume's size whatever its own (antialiased): millimetres are not kept"
+        return "centred on the body, cut to the volume's size or padded with the window's lower end"
+    return "the body's bounding box" if processor.crop_to_body else "the whole scan"
+
+
+def _spacing(processor: HSENetImageProcessor) -> str:
+    if processor.spacing is not None and processor.volume_fit != "nonzero_box":
+        return f"{_by(processor.spacing)} mm (depth, height, width), whatever the scan's"
+    how = "without antialiasing" if processor.volume_fit == "nonzero_box" else "antialiased"
+    return f"not kept: the field of view is stretched to the volume's size, {how}; a voxel has no fixed millimetres"
 
 
 def _levels(normalization: str) -> str:

@@ -176,6 +176,10 @@ def _asking(repo_id: str, request: Callable[[], Any]) -> Any:
         raise PublishingError("HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it.") from error
     except HTTPError as error:
         raise PublishingError(_in_words(repo_id, error)) from error
+    except ValueError as error:  # what the client makes of a card that the Hub's validator refuses
+        if "Invalid metadata" not in str(error):
+            raise
+        raise PublishingError(f"The Hub does not take the card, so nothing was uploaded: {error}") from error
     except RuntimeError as error:  # what the client makes of a large file's failed upload
         if not isinstance(error.__cause__, HTTPError):
             raise

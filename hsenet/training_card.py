@@ -44,6 +44,8 @@ def training_section(output_dir: str | Path) -> str:
         plain_table(("setting", "value"), [(name, settings[name]) for name in _SHOWN]),
         "",
         *_results(log, settings),
+        "### Hardware and time",
+        "",
         *_environments(starts),
         "",
         f"![Curves]({CURVES})",
@@ -94,9 +96,14 @@ def _environments(starts: list[dict[str, Any]]) -> list[str]:
         revision = f"; source at `{start['git_revision']}`{changes}" if start.get("git_revision") else ""
         lines.append(
             f"- From step {start['from_step']}: {_duration(start)}{start['num_processes']} process(es) on "
-            f"{start['device']}, {start['platform']}, Python {start['python']}, {packages}{revision}"
+            f"{_device(start)}, {start['platform']}, Python {start['python']}, {packages}{revision}"
         )
     return lines
+
+
+def _device(start: dict[str, Any]) -> str:
+    threads = f" with {start['threads']} thread(s)" if start["device"] == "cpu" and "threads" in start else ""
+    return f"{start['device']}{threads}"
 
 
 def _duration(start: dict[str, Any]) -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 from threading import Lock, Thread
 from urllib.parse import parse_qs, unquote, urlparse
 
+from card_validation import validate
+
 
 SHA = "0123456789abcdef0123456789abcdef01234567"  # the one revision of repositories that are served from folders
 OWNER, TOKEN = "someone", "hf_write"
@@ -284,11 +286,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Writing
 
-    def validate_yaml(self) -> dict:
-        text = json.loads(self.body)["content"]
-        if text.startswith("---") and not re.match(r"---\n(.*\n)?---\n", text, re.DOTALL):
-            raise _Refused(400, "", "The metadata do not end")
-        return {"errors": [], "warnings": []}
+    def validate_yaml(self) -> dict | tuple:
+        asked = json.loads(self.body)
+        errors, warnings = validate(asked["content"], asked["repoType"])
+        found = {
+            name: [{"message": text} for text in texts] for name, texts in (("errors", errors), ("warnings", warnings))
+        }
+        return (400, json.dumps(found).encode(), JSON) if errors else found
 
     def preupload(self, kind: str, name: str, revision: str) -> dict:
         _, files = self._files(self._repository(kind, name, write=True), revision)

@@ -15,6 +15,7 @@ import tiny
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from card_validation import validate
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_hub import run_elsewhere
@@ -94,6 +95,7 @@ def test_training_programs_leave_whole_cards(runs, name):
     assert check_model_card(card.content) == []
     assert PATIENT not in card.content and str(ROOT) not in card.content
     assert card.content.count("\n# ") == 1 and "More Information Needed" not in card.content
+    assert "### Hardware and time" in card.text
     assert (
         "steps of 3 rows" in card.text
         and "1 process(es) on" in card.text
@@ -146,6 +148,14 @@ def test_evaluation_becomes_entries_and_a_table(runs, tmp_path):
         }
         score = "image_to_text_R@5" if role == "stage2" else "bleu-13a.bleu_4"
         assert values[score].metric_config == expected[score]["protocol"] and values[score].dataset_name == DATASET
+        rows = [row for of_task in metrics["results"].values() for row in of_task if row["score"] == score]
+        told = values[score].metric_args
+        floor = next(row for row in rows if row["system"] == told["best_floor_is"])
+        assert (
+            told["best_floor"] == round(floor["value"], 4) and f"{floor['value']:.3f}: {floor['system']}" in card.text
+        )
+        assert told["interval_95"][0] <= values[score].metric_value <= told["interval_95"][1]
+        assert validate(card.content, "model") == ([], [])
         assert (
             f"| {score} | {expected[score]['value']:.3f}" in card.text
             and f"| {expected[score]['protocol']} |" in card.text

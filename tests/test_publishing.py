@@ -96,6 +96,12 @@ def no_fault(hub):
     hub.begin()
 
 
+def write_nifti(path: Path) -> Path:
+    array = np.rint(tiny.scan()).astype(np.int16).transpose(2, 1, 0)
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([-1.0, -1.0, 3.0, 1.0])), path)
+    return path
+
+
 def push(clients: Clients, folder: Path, repo: str, *options: str, **environment: str) -> dict:
     done = clients.hsenet("push", folder, repo, "--json", *options, **environment)
     assert done.returncode == 0, done.stderr
@@ -109,8 +115,9 @@ def refusal(clients: Clients, folder: Path, repo: str, *options: str, **environm
 
 
 STRANGER = """
-import json, os, sys
+import contextlib, io, json, os, re, sys
 import numpy as np
+from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoProcessor
 repo, scan, question, length, first, clip, sentences = sys.argv[1:]
 affine = np.diag([1.0, 1.0, 3.0, 1.0])
@@ -134,6 +141,13 @@ processor = AutoProcessor.from_pretrained(clip, trust_remote_code=True)
 inputs = processor(volumes=np.load(scan), spacing=(3.0, 1.0, 1.0), text=json.loads(sentences), padding=True,
                    return_tensors="pt")
 said["embeddings"] = model(**inputs).image_embeds.tolist()
+said["snippets"] = []
+for name in (repo, clip):
+    card = ModelCard.load(name)
+    card.validate()
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(re.search(r"^```python\\n(.*?)^```", card.text, re.DOTALL | re.MULTILINE)[1], {})
+    said["snippets"].append(output.getvalue())
 try:
     AutoModel.from_pretrained(repo, trust_remote_code=True, token=False, cache_dir="empty")
 except OSError as error:
@@ -145,7 +159,8 @@ print(json.dumps(said))
 
 def test_strangers_load_what_was_pushed(hub, clients, folders, scan, tmp_path):
     """In a fresh process with an empty cache, without the package: the same tokens, from main and from a pinned
-    revision; an adapter; the embeddings of a contrastive model. Nothing of it without the owner's token."""
+    revision; an adapter; the embeddings of a contrastive model; the cards validate, and their snippets run. Nothing of
+    it without the owner's token."""
     from transformers import AutoModel
 
     def local(folder: Path, adapter: Path | None = None) -> list[int]:
@@ -169,11 +184,14 @@ def test_strangers_load_what_was_pushed(hub, clients, folders, scan, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= {**hub.environment(tmp_path / "empty"), "OMP_NUM_THREADS": "1"}
     sentences = json.dumps(tiny.SENTENCES[:2])
+    write_nifti(tmp_path / "scan.nii.gz")
     words = ("someone/reports", scan, QUESTION, str(NEW_TOKENS), first["revision"], "someone/retrieval", sentences)
     command = [sys.executable, "-c", without_the_package() + STRANGER, *map(str, words)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
+    written, embedded = said.pop("snippets")
+    assert len(written.strip()) > 5 and "torch.Size([1, 16]) torch.Size([2, 16])" in embedded
     refused = said.pop("without token")
     assert "someone/reports" in refused and "private" in refused
     model, processor = (load(folders["clip"]) for load in (AutoModel.from_pretrained, HSENetProcessor.from_pretrained))
@@ -207,9 +225,7 @@ def test_the_package_takes_base_and_adapters_from_the_hub(clients, folders):
 
 
 def test_the_command_line_reports_with_a_pinned_revision(clients, folders, tmp_path):
-    file = tmp_path / "scan.nii.gz"
-    array = np.rint(tiny.scan()).astype(np.int16).transpose(2, 1, 0)
-    nibabel.save(nibabel.Nifti1Image(array, np.diag([-1.0, -1.0, 3.0, 1.0])), file)
+    file = write_nifti(tmp_path / "scan.nii.gz")
 
     def report(model: str | Path, *options: str) -> dict:
         done = clients.hsenet("report", model, file, "--max_new_tokens", "6", "--json", *options)
@@ -281,6 +297,14 @@ def test_the_card_is_written_where_none_is_and_people_are_heard(hub, clients, fo
     push(clients, tmp_path / "model", "someone/uncarded")
     assert check_model_card(hub.repositories["models/someone/uncarded"].files()["README.md"].decode()) == []
     assert not (tmp_path / "model/README.md").exists()
+
+
+def test_a_card_that_the_hub_does_not_take_is_said(hub, clients, folders, tmp_path):
+    shutil.copytree(folders["clip"], tmp_path / "model")
+    (tmp_path / "model/README.md").write_text(CARD.replace("apache-2.0", "apache 2"))
+    said = refusal(clients, tmp_path / "model", "someone/unlicensed")
+    assert "does not take the card" in said and '"license" must be one of' in said
+    assert set(hub.repositories["models/someone/unlicensed"].files()) == {".gitattributes"}
 
 
 def test_files_of_others_in_the_repository_stay(hub, clients, folders):
