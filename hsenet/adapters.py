@@ -74,12 +74,15 @@ def save_adapter(tensors: dict[str, torch.Tensor], config: LoraConfig, folder: s
     save_file(tensors, Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def load_adapters(model: HSENetForConditionalGeneration, folders: dict[str, str | Path]) -> PeftModel:
+def load_adapters(
+    model: HSENetForConditionalGeneration, folders: dict[str, str | Path], *, revision: str | None = None
+) -> PeftModel:
     """
     Args:
         model ([`HSENetForConditionalGeneration`]): the base, as `from_pretrained` gives it.
         folders (`dict[str, str]`):
             Name of each adapter, and its folder or Hub id (`owner/name` or `owner/name/folder`); the first is active.
+        revision (`str`, *optional*): of those on the Hub: a commit, best.
 
     Returns:
         `PeftModel`: switch with `set_adapter(name)`, go back to the base with `disable_adapter()`.
@@ -89,7 +92,7 @@ def load_adapters(model: HSENetForConditionalGeneration, folders: dict[str, str 
     """
     peft_model, model_class, config = None, type(model), model.config
     for name, source in folders.items():
-        folder = locate(source, (ADAPTER_WEIGHTS,))[0]
+        folder = locate(source, (ADAPTER_WEIGHTS,), revision)[0]
         with torch.device("meta"):
             _check_complete(name, folder, model_class(config))
         if peft_model is None:

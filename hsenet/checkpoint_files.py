@@ -63,8 +63,10 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     return Checkpoint(_read_weights(folder / weights), config, folder, f"{label}: {weights}")
 
 
-def locate(source: str | Path, weight_files: tuple[str, ...] = WEIGHT_FILES) -> tuple[Path, str, str]:
-    """Local folder, name of the weights file in it, label; downloads from the Hub what is not local."""
+def locate(
+    source: str | Path, weight_files: tuple[str, ...] = WEIGHT_FILES, revision: str | None = None
+) -> tuple[Path, str, str]:
+    """Local folder, name of the weights file in it, label; downloads from the Hub what is not local, at `revision`."""
     path = Path(source)
     if path.is_file():
         return path.parent, path.name, "local file"
@@ -78,29 +80,31 @@ def locate(source: str | Path, weight_files: tuple[str, ...] = WEIGHT_FILES) -> 
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(/.+)?", str(source))
     if match is None:
         raise ConversionError(f"Expected a local folder or file, or a Hub id like owner/name, got {str(source)!r}.")
-    return _download(match[1], (match[2] or "/")[1:], weight_files)
+    return _download(match[1], (match[2] or "/")[1:], weight_files, revision)
 
 
-def _download(repository: str, inside: str, weight_files: tuple[str, ...]) -> tuple[Path, str, str]:
+def _download(
+    repository: str, inside: str, weight_files: tuple[str, ...], revision: str | None
+) -> tuple[Path, str, str]:
     """The small files beside the weights, and the first of `weight_files` that the repository has."""
     is_file = inside.endswith(WEIGHT_SUFFIXES)
     subfolder = str(Path(inside).parent if is_file else Path(inside)).strip("./")
     prefix = f"{subfolder}/" if subfolder else ""
     small = [f"{prefix}{pattern}" for pattern in ("*.json", "*.txt", "*.model", "*.jinja")]
     try:
-        snapshot = Path(snapshot_download(repository, allow_patterns=small))
+        snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=small))
     except LocalEntryNotFoundError as error:
         raise ConversionError(
             f"The Hub cannot be reached, and {repository} is not in its local cache: give a local folder or file."
         ) from error
     for name in [Path(inside).name] if is_file else weight_files:
         try:
-            hf_hub_download(repository, prefix + name)
+            hf_hub_download(repository, prefix + name, revision=snapshot.name)
         except EntryNotFoundError:
             continue
         if name.endswith(".index.json"):
             for shard in _shards(snapshot / prefix / name):
-                hf_hub_download(repository, prefix + shard)
+                hf_hub_download(repository, prefix + shard, revision=snapshot.name)
         return snapshot / prefix, name, f"{repository}{'/' + subfolder if subfolder else ''} at {snapshot.name}"
     raise ConversionError(f"Expected one of {', '.join(weight_files)} in {repository}/{inside}, found none.")
 

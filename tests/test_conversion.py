@@ -225,12 +225,12 @@ def test_hub_ids(sources, tmp_path, monkeypatch):
     repository, asked = tmp_path / "abc123", []
     shutil.copytree(sources / "stage1", repository / "clip")
 
-    def hf_hub_download(name, file):
+    def hf_hub_download(name, file, revision):
         asked.append(file)
         if not (repository / file).exists():
             raise hsenet_files.EntryNotFoundError(file)
 
-    monkeypatch.setattr(hsenet_files, "snapshot_download", lambda name, allow_patterns: str(repository))
+    monkeypatch.setattr(hsenet_files, "snapshot_download", lambda name, revision, allow_patterns: str(repository))
     monkeypatch.setattr(hsenet_files, "hf_hub_download", hf_hub_download)
     checkpoint = read_checkpoint("someone/weights/clip")
     assert checkpoint.config["model_type"] == "m3d_clip_stage1" and len(checkpoint.tensors) == 342
@@ -240,7 +240,7 @@ def test_hub_ids(sources, tmp_path, monkeypatch):
     with pytest.raises(ConversionError, match="found none"):
         read_checkpoint("someone/weights/other")
 
-    def unreachable(name, allow_patterns):
+    def unreachable(name, revision, allow_patterns):
         raise hsenet_files.LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(hsenet_files, "snapshot_download", unreachable)

@@ -208,10 +208,11 @@ ADAPTERS = """
 import json
 from transformers import AutoModel
 from hsenet.adapters import load_adapters
-repo, folder = arguments
+repo, folder, revision = arguments
 outputs = []
-for base, adapter in ((folder, f"{folder}/adapters/vqa"), (repo, f"{repo}/adapters/vqa")):
-    model = load_adapters(AutoModel.from_pretrained(base), {"vqa": adapter})
+for base, chosen in ((folder, None), (repo, revision)):
+    model = AutoModel.from_pretrained(base, revision=chosen)
+    model = load_adapters(model, {"vqa": f"{base}/adapters/vqa"}, revision=chosen)
     outputs.append({name: tensor.sum().item() for name, tensor in model.named_parameters()})
 assert any("lora_A.vqa" in name for name in outputs[0])
 print(outputs[0] == outputs[1])
@@ -219,8 +220,10 @@ print(outputs[0] == outputs[1])
 
 
 def test_the_package_takes_base_and_adapters_from_the_hub(clients, folders):
-    push(clients, folders["first"], "someone/with-adapters")
-    done = clients.run(ADAPTERS, "someone/with-adapters", folders["first"])
+    """As they were, though the repository has gone on without them."""
+    revision = push(clients, folders["first"], "someone/with-adapters")["revision"]
+    push(clients, folders["second"], "someone/with-adapters")
+    done = clients.run(ADAPTERS, "someone/with-adapters", folders["first"], revision)
     assert done.stdout.strip() == "True", done.stderr[-3000:]
 
 
@@ -393,6 +396,14 @@ def test_a_public_repository_is_asked_for(hub, clients, folders):
     push(clients, folders["first"], "someone/kept")
     push(clients, folders["first"], "someone/kept", "--public")
     assert hub.repositories["models/someone/kept"].private  # as it was made
+
+
+def test_a_metric_is_a_private_space(hub, clients, tmp_path):
+    program = "from hsenet.metrics import push_module; push_module('ct_vqa', 'someone/ct_vqa', folder=arguments[0])"
+    done = clients.run(program, tmp_path / "space")
+    assert done.returncode == 0, done.stderr[-3000:]
+    space = hub.repositories["spaces/someone/ct_vqa"]
+    assert space.private and {"ct_vqa.py", "app.py", "requirements.txt", "README.md"} <= set(space.files())
 
 
 def test_a_dry_run_asks_nobody(hub, clients, folders):

@@ -4,7 +4,7 @@
     bleu.compute(predictions=[...], references=[...])
     push_module("report_overlap", "your-name/report_overlap", folder=...)
 
-After the last line anybody with the package can `evaluate.load("your-name/report_overlap")`.
+After the last line whoever may read the Space, and has the package, can `evaluate.load("your-name/report_overlap")`.
 """
 
 import ast
@@ -52,13 +52,18 @@ def write_space(name: str, folder: str | Path) -> None:
     (folder / "app.py").write_text(APP.format(name=name))
 
 
-def push_module(name: str, repo_id: str, *, folder: str | Path) -> None:
-    """Writes the Space's files to `folder` and uploads them. The script of a Space has the Space's own name."""
+def push_module(name: str, repo_id: str, *, folder: str | Path, private: bool = True) -> None:
+    """
+    Writes the Space's files to `folder` and uploads them. The script of a Space has the Space's own name.
+
+    Args:
+        private (`bool`): of a Space that is made; one that exists stays as it is.
+    """
     if repo_id.rpartition("/")[2] != name:
         raise ValueError(f"evaluate takes the script's name from the Space's: expected OWNER/{name}, got {repo_id}.")
     write_space(name, folder)
     api = HfApi()
-    api.create_repo(repo_id, repo_type="space", space_sdk="gradio", exist_ok=True)
+    api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
     api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=str(folder))
 
 
