@@ -1,6 +1,6 @@
 """Peak memory of a contrastive training step, by batch and by chunk of gradient caching.
 
-    python benchmarks/contrastive_memory.py [--batches 8 16 32 64] [--chunks 0 4 8] [--preset small]
+    python benchmarks/contrastive_memory.py [--batches 8 16 32 64] [--chunks 0 4 8] [--gradient_checkpointing]
 
 A whole step of stage 1 (forward, loss, backward, AdamW) on random volumes and reports, each in a process of its own
 after a first step with one row. On a CPU the figure is how far the step raises the process's peak of resident memory,
@@ -69,12 +69,14 @@ def peak_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(preset: str, rows: int, chunk_size: int, mixed_precision: str) -> None:
+def measure(preset: str, rows: int, chunk_size: int, mixed_precision: str, gradient_checkpointing: bool) -> None:
     """In a process of its own: prints the step's MB and seconds."""
     torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision=mixed_precision)
     config = HSENetCLIPConfig(guidance="none", **PRESETS[preset])
     model = HSENetCLIPModel(config).train()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
     batch = random_batch(config, rows, accelerator.device)
 
@@ -100,10 +102,11 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--chunks", type=int, nargs="+", default=[0, 4, 8], help="0: without gradient caching")
     parser.add_argument("--mixed_precision", default="no")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="layers are computed again")
     parser.add_argument("--one", type=int, nargs=2, help="batch and chunk to measure (what each process runs)")
     arguments = parser.parse_args()
     if arguments.one:
-        return measure(arguments.preset, *arguments.one, arguments.mixed_precision)
+        return measure(arguments.preset, *arguments.one, arguments.mixed_precision, arguments.gradient_checkpointing)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     print(f"{arguments.preset} sizes, {device}, torch {torch.__version__}, precision {arguments.mixed_precision}")
     print(f"{'MB of a step (seconds)':24}" + "".join(f"{f'batch {rows}':>18}" for rows in arguments.batches))
@@ -112,6 +115,7 @@ def main() -> None:
         for rows in arguments.batches:
             command = [sys.executable, __file__, "--preset", arguments.preset, "--one", str(rows), str(chunk_size)]
             command += ["--mixed_precision", arguments.mixed_precision]
+            command += ["--gradient_checkpointing"] * arguments.gradient_checkpointing
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found = json.loads(output.splitlines()[-1])
             cells.append(f"{found['mb']:9.0f} ({found['seconds']:5.1f})")
