@@ -23,6 +23,7 @@ import re
 from typing import Any
 
 from hsenet.corpora import CardFacts, Corpus, CorpusError, Plan, add_build_arguments, add_split_arguments, run
+from hsenet.corpora.card import TAGS
 from hsenet.corpora.marks import split_of
 from hsenet.corpora.tables import read_table, text_or_none
 
@@ -33,13 +34,18 @@ FACTS = CardFacts(
     script="build_bimcv_r.py",
     name="BIMCV-R for HSENet",
     license="other",
-    terms="Those of BIMCV and of the corpus' page on the Hub, which every user has to accept. Keep it private.",
+    terms="Those of BIMCV and of the corpus' page on the Hub, which every user has to accept; they were not at hand "
+    "here. Keep the dataset private, and pass nothing of it on before you have read them.",
     source="https://huggingface.co/datasets/cyd0806/BIMCV-R",
-    citation="Chen et al., arXiv 2403.15992 (BIMCV-R).",
-    notes=(
-        "**Reports** are machine translations from Spanish: `findings` holds the whole report. **Splits** are by "
-        "patient and of this package: the corpus has none.",
+    splits="By a hash of the patient, and of this package: the corpus has none that keep patients apart.",
+    citation="Chen et al., [arXiv 2403.15992](https://arxiv.org/abs/2403.15992) (BIMCV-R).",
+    what="Chest CT scans with their radiology reports, of BIMCV-R.",
+    scans=("HU are the files' own. Some scans of other body parts may hide among those that are named chest.",),
+    texts=(
+        "Reports are machine translations from Spanish: `findings` holds the whole report. The corpus' own labels are "
+        "in `details`.",
     ),
+    tags=(*TAGS, "chest"),
 )
 
 

@@ -109,7 +109,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--reading", metavar="JSON", help="options of read_volume for all scans")
     parser.add_argument("--name", default="CT scans with reports", help="of the dataset, for the card")
     parser.add_argument("--license", default="other", help="the Hub's identifier, for the card")
-    parser.add_argument("--terms", default="Not stated.", help="what users may do, for the card")
+    parser.add_argument(
+        "--terms",
+        default="Not stated: ask for them before anything is passed on.",
+        help="what users may do, for the card",
+    )
     parser.set_defaults(deidentify=True)
     return parser.parse_args()
 
@@ -130,13 +134,16 @@ def main() -> None:
     if reading and arguments.volumes == "reference":
         raise SystemExit("--reading is for scans that are read once, while building: use --volumes nifti.")
     plan.read = partial(read_file, reading=reading)
+    splits = "By a hash of the patient." if not columns["split"] else "Those of the table's own column."
     facts = CardFacts(
         script="build_from_table.py",
         name=arguments.name,
         license=arguments.license,
         terms=arguments.terms,
         source="a table",
-        citation="nobody named.",
+        splits=splits,
+        citation="Nobody is named.",
+        scans=("Values are HU by the files' own headers, or by the table's slope and intercept.",),
     )
     names = ("test", "validation", "seed")
     parameters = {**{name: getattr(arguments, name) for name in names}, "columns": sorted(asked), "reading": reading}

@@ -177,17 +177,21 @@ def main() -> None:
     }
     note = (
         f"**Assumed, not known:** the pictures' window {assumed['window']} HU, spacing {assumed['slice_spacing']} mm "
-        f"(slices, rows, columns), first slice {assumed['first_slice']}. The values are no true HU. All body "
-        "regions; axial series only. Splits are the corpus' own; a case in several of them is in the most held-out."
+        f"(slices, rows, columns), first slice {assumed['first_slice']}. The values are no true HU: the corpus holds "
+        "8-bit pictures. All body regions; axial series only."
     )
     facts = CardFacts(
         script="build_m3d_cap.py",
         name="M3D-Cap for HSENet",
         license="apache-2.0",
-        terms="The corpus is published under Apache 2.0; its cases are Radiopaedia's, whose terms apply to them.",
+        terms="The corpus is published under Apache 2.0; its cases are Radiopaedia's, whose terms apply to them "
+        "and decide what may be passed on.",
         source="https://huggingface.co/datasets/GoodBaiBai88/M3D-Cap",
-        citation="Bai et al., arXiv 2404.00578 (M3D).",
-        notes=(note,),
+        splits="The corpus' own; a case in several of them is in the most held-out.",
+        citation="Bai et al., [arXiv 2404.00578](https://arxiv.org/abs/2404.00578) (M3D).",
+        what="CT scans of all body regions with texts on their cases, of M3D-Cap.",
+        scans=(note,),
+        texts=("`findings` are the case's study findings, or its discussion where these are empty.",),
     )
     corpus = Corpus(arguments.corpus)
     plan = plan_rows(corpus, arguments.index)

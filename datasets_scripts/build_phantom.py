@@ -21,8 +21,9 @@ from pathlib import Path
 from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
 from tqdm import tqdm
 
+from hsenet.corpora.card import SYNTHETIC, TAGS, CardFacts, Contents, write_card
 from hsenet.corpora.files import claim_folder, write_atomically
-from hsenet.corpora.leakage import find_leaks, leakage_table
+from hsenet.corpora.leakage import find_leaks
 from hsenet.phantom import (
     CT_RATE_LABELS,
     PHANTOM_LABELS,
@@ -37,33 +38,66 @@ from hsenet.publishing import open_repository, push_dataset
 
 GENERATOR_VERSION = 1  # raise it when the same seed gives other volumes or texts
 SPLITS = ("train", "validation", "test")
-STUDY_COLUMNS = {
-    "volume": Value("string"),
-    "volume_name": Value("string"),
-    "study_id": Value("string"),
-    "patient_id": Value("string"),
-}
-REPORT_FEATURES = Features(
-    {
-        **STUDY_COLUMNS,
-        "mask": Value("string"),
-        "reconstruction": Value("int8"),
-        "age": Value("int16"),
-        "sex": Value("string"),
-        "findings": Value("string"),
-        "impression": Value("string"),
-        "labels": Sequence(Value("int8"), length=len(CT_RATE_LABELS)),
-        "details": Value("string"),
-    }
+FACTS = CardFacts(
+    script="build_phantom.py",
+    name="HSENet phantoms",
+    license="apache-2.0",
+    terms="Use, change and pass on as it allows.",
+    source="nothing: `hsenet.phantom` draws every volume and writes every sentence. The same parameters give the same "
+    "bytes",
+    splits="No patient is in two splits. Some patients have two studies (scan letters a and b) with partly the same "
+    "findings; some studies have two reconstructions (last number of the name), which share the report.",
+    citation="The package hsenet; no paper describes the phantoms.",
+    what="Procedural chest CTs with reports, questions and masks. **Synthetic:** no patient, scan or report was used.",
+    scans=(
+        "Drawn, not scanned. Files are `volumes/SPLIT/SPLIT_PATIENT_SCAN_RECONSTRUCTION.nii.gz`, and those in "
+        "`masks/` have the same names.",
+    ),
+    texts=(
+        "Written by a program, which says what was drawn. Of CT-RATE's findings, these are never drawn: "
+        f"{', '.join(label for label in CT_RATE_LABELS if label not in PHANTOM_LABELS)}.",
+    ),
+    intended="Teaching and testing software on 3D CT and text. The phantoms are no substitute for real scans, and a "
+    "score on them says nothing about clinical use.",
+    tags=(*TAGS, "chest", SYNTHETIC),
 )
-VQA_FEATURES = Features(
-    {
-        **STUDY_COLUMNS,
-        "question": Value("string"),
-        "answer": Value("string"),
-        "question_type": Value("string"),
-        "label": Value("string"),
-    }
+STUDY_COLUMNS = {
+    "volume": (Value("string"), "the scan's file in this folder"),
+    "volume_name": (Value("string"), "its name, unique in the dataset"),
+    "study_id": (Value("string"), "examination; its reconstructions share the report"),
+    "patient_id": (Value("string"), "patient, in one split only"),
+}
+REPORT = {
+    **STUDY_COLUMNS,
+    "mask": (
+        Value("string"),
+        "the file of its mask: uint8, 0 or 1 + the index of the label; a voxel of two findings holds the one drawn "
+        "last, the smaller",
+    ),
+    "reconstruction": (Value("int8"), "number of the reconstruction in its study, from 1"),
+    "age": (Value("int16"), "years"),
+    "sex": (Value("string"), "M or F"),
+    "findings": (Value("string"), "the report's findings"),
+    "impression": (Value("string"), "the report's conclusion"),
+    "labels": (
+        Sequence(Value("int8"), length=len(CT_RATE_LABELS)),
+        f"0 or 1 for each of CT-RATE's {len(CT_RATE_LABELS)} findings, in this order: {', '.join(CT_RATE_LABELS)}",
+    ),
+    "details": (
+        Value("string"),
+        "JSON: side, lobe, size in mm, count, severity, kind and lesions of each finding, these in patient "
+        "coordinates",
+    ),
+}
+VQA = {
+    **STUDY_COLUMNS,
+    "question": (Value("string"), "about the study's first reconstruction"),
+    "answer": (Value("string"), "what was drawn"),
+    "question_type": (Value("string"), "presence, location, size or count"),
+    "label": (Value("string"), "the finding asked about"),
+}
+REPORT_FEATURES, VQA_FEATURES = (
+    Features({name: feature for name, (feature, _) in columns.items()}) for columns in (REPORT, VQA)
 )
 
 
@@ -148,81 +182,24 @@ def write_parquet(path: Path, rows: list[dict], features: Features) -> None:
     os.replace(partial_path, path)
 
 
-def write_card(output: Path, parameters: dict, studies: dict[str, list[PhantomStudy]]) -> None:
-    """README.md with the YAML that `datasets.load_dataset(folder, "reports")` and `"vqa"` read."""
-    configs = "".join(
-        f"- config_name: {config}\n  data_files:\n"
-        + "".join(f"  - split: {split}\n    path: {config}/{split}.parquet\n" for split in studies)
-        for config in ("reports", "vqa")
+def card_contents(parameters: dict, studies: dict[str, list[PhantomStudy]]) -> Contents:
+    reports = {split: list(report_rows(group)) for split, group in studies.items()}
+    spacing = " x ".join(f"{length:g}" for length in parameters["spacing"])
+    return Contents(
+        parameters=parameters,
+        reports=reports,
+        questions={split: sum(len(study.questions) for study in group) for split, group in studies.items()},
+        columns={"reports": REPORT, "vqa": VQA},
+        preparation=[
+            ("values", "int16 Hounsfield units"),
+            ("orientation", "differs from file to file, on purpose: the affine tells it"),
+            ("spacing", f"nominally {spacing} mm (x, y, z), and differs from file to file: the affine tells it"),
+            ("field of view", "the chest"),
+        ],
+        excluded=[],
+        leaks=find_leaks({**row, "split": split} for split, group in reports.items() for row in group),
+        scans_hashed=False,
     )
-    counts = "".join(
-        f"| {split} | {len({study.patient_id for study in group})} | {len(group)} "
-        f"| {sum(study.num_reconstructions for study in group)} "
-        f"| {sum(len(study.questions) for study in group)} |\n"
-        for split, group in studies.items()
-    )
-    rows = ({**row, "split": split} for split, group in studies.items() for row in report_rows(group))
-    leakage = leakage_table(find_leaks(rows), scans_hashed=False)
-    everything = [study for group in studies.values() for study in group]
-    prevalence = "".join(
-        f"| {label} | {1 + i} | {sum(study.labels[i] for study in everything) / len(everything):.1%} |\n"
-        for i, label in enumerate(CT_RATE_LABELS)
-        if label in PHANTOM_LABELS
-    )
-    card = CARD.format(
-        configs=configs,
-        counts=counts,
-        leakage=leakage,
-        prevalence=prevalence,
-        parameters=json.dumps(parameters),
-        labels=", ".join(CT_RATE_LABELS),
-    )
-    write_atomically(output / "README.md", card.encode())
-
-
-CARD = """---
-license: apache-2.0
-language: [en]
-pretty_name: HSENet phantoms
-task_categories: [image-to-text, visual-question-answering]
-tags: [medical, ct, chest, synthetic]
-configs:
-{configs}---
-
-# HSENet phantoms: procedural chest CTs with reports, questions and masks
-
-**Synthetic.** Every volume is drawn by `hsenet.phantom` and every sentence is written by it; no patient, scan or
-report was used. The phantoms teach and test software. They are no substitute for real scans, and a score on them says
-nothing about clinical use.
-
-Build parameters: `{parameters}`. The same parameters give the same bytes.
-
-| split | patients | studies | volumes | questions |
-|---|---|---|---|---|
-{counts}
-No patient is in two splits. Some patients have two studies (scan letters a and b) with partly the same findings; some
-studies have two reconstructions (last number of the name), which share the report.
-
-{leakage}
-## Files and columns
-
-`volumes/{{split}}/{{split}}_{{patient}}_{{scan}}_{{reconstruction}}.nii.gz`: int16 HU; orientation and spacing differ
-from file to file and the affine tells them. `masks/` holds uint8 files of the same names: 0, or 1 + the index of the
-label (a voxel of two findings holds the one drawn last, the smaller).
-
-`load_dataset(folder, "reports")`, one row a volume: `volume`, `mask` (paths in this folder), `volume_name`,
-`study_id`, `patient_id`, `reconstruction`, `age` (years), `sex` (M, F), `findings`, `impression`, `labels` (18 of 0 or
-1, order below) and `details` (JSON: side, lobe, size in mm, count, severity, kind and lesions of each finding, these
-in patient coordinates).
-
-`load_dataset(folder, "vqa")`, one row a question on a study's first reconstruction: `volume`, `volume_name`,
-`study_id`, `patient_id`, `question`, `answer`, `question_type` (presence, location, size, count), `label`.
-
-Labels in order: {labels}.
-
-| finding drawn | value in the mask | share of the studies |
-|---|---|---|
-{prevalence}"""
 
 
 def draw_volumes(write: Callable[[tuple[str, int]], None], jobs: list[tuple[str, int]], workers: int) -> None:
@@ -264,7 +241,7 @@ def main() -> None:
     for split, group in studies.items():
         write_parquet(arguments.output / f"reports/{split}.parquet", list(report_rows(group)), REPORT_FEATURES)
         write_parquet(arguments.output / f"vqa/{split}.parquet", list(vqa_rows(group)), VQA_FEATURES)
-    write_card(arguments.output, parameters, studies)
+    write_card(arguments.output, FACTS, card_contents(parameters, studies))
     if arguments.push_to_hub:
         push_dataset(arguments.output, arguments.push_to_hub, private=not arguments.public)
 

@@ -106,7 +106,7 @@ def main() -> None:
     asked = {question["volume_name"] for question in questions(annotations)}
     rows = [row for row in rows if row["volume_name"] in asked]
     excluded = [exclusion for exclusion in excluded if exclusion["volume_name"] in asked]
-    citation = f"Zhang et al., arXiv 2404.16754 (RadGenome-Chest CT); {CITATION}"
+    citation = f"Zhang et al., [arXiv 2404.16754](https://arxiv.org/abs/2404.16754) (RadGenome-Chest CT); {CITATION}"
     facts = ct_rate_facts("build_radgenome_chestct.py", "RadGenome-ChestCT for HSENet", (NOTE,), citation)
     plan = Plan(rows, excluded, questions=partial(questions, annotations))
     splits = {"validation": arguments.validation, "seed": arguments.seed}

@@ -60,6 +60,11 @@ def own_text(text: str) -> str:
     return METADATA.sub("\n", SECTION.sub("", text))
 
 
+def has_own_title(card: RepoCard | None) -> bool:
+    """Whether a person gave the card its title."""
+    return card is not None and re.search(r"^# ", own_text(card.text), re.MULTILINE) is not None
+
+
 def read_card(path: Path, card_class: type[RepoCard]) -> RepoCard | None:
     """
     The card at `path`; `None` if there is none, or only an empty form.

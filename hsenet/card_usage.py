@@ -38,9 +38,13 @@ def usage(
         "report": lambda: _report(config, record),
         "part": dict,
     }[name]()
+    return block(TEMPLATES / f"use_{name}.md", values)
+
+
+def block(template: Path, values: dict[str, Any]) -> str:
+    """A block of Python, with its fences, from its template."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((TEMPLATES / f"use_{name}.md").read_text(encoding="utf-8"))
-    return template.render(values).strip()
+    return environment.from_string(template.read_text(encoding="utf-8")).render(values).strip()
 
 
 def _adapter(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
-"""Model cards that fill themselves from what lies beside the weights, and what a card must say before it is published.
+"""Model cards that fill themselves from what lies beside the weights.
 
     write_model_card("outputs/stage3", evaluation="outputs/evaluation")
     hsenet card outputs/stage3 --evaluation outputs/evaluation
@@ -8,15 +8,12 @@ A card is written by the programs and by people: see `card_marks.py`. What is no
 """
 
 import hashlib
-import re
 from pathlib import Path
-from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from hsenet.card_marks import own_text, read_card, sections_of, update_card
+from hsenet.card_marks import has_own_title, read_card, sections_of, update_card
 from hsenet.card_texts import INTENDED, WHAT, converted_from, limitations, training_data
 from hsenet.card_usage import TEMPLATES, usage
 from hsenet.evaluation_card import Evaluation, read_evaluation
@@ -42,21 +39,6 @@ from hsenet.training_card import training_section
 CARD = "README.md"
 CONVERSION = "conversion.json"
 TAGS = ["hsenet", "computed-tomography", "radiology", "medical", "3d"]
-REQUIRED = (
-    "Intended use",
-    "What it must not be used for",
-    "How to use it",
-    "Model",
-    "What it does to a scan",
-    "Training data and licence",
-    "Training",
-    "Evaluation",
-    "Known failures and limits",
-    "Files",
-    "Citation",
-)
-DISCLAIMER = "Not a medical device."
-LOCAL_PATH = re.compile(r"(?<![\w/:.])(/(?:home|Users|root|mnt|data|tmp|scratch|work)/[\w.-]+|[A-Z]:\\\w+|file://)")
 
 
 def write_model_card(folder: str | Path, *, repo_id: str | None = None, evaluation: str | Path | None = None) -> Path:
@@ -95,7 +77,7 @@ def model_card(folder: str | Path, *, repo_id: str | None = None, evaluation: st
     card = ModelCard.from_template(
         metadata,
         template_str=(TEMPLATES / "model_card.md").read_text(encoding="utf-8"),
-        title=kind.title if old is None or not re.search(r"^# ", own_text(old.text), re.MULTILINE) else None,
+        title=None if has_own_title(old) else kind.title,
         what=WHAT[kind.name],
         intended=INTENDED[kind.name],
         usage=usage(folder, kind, config, record, repo_id),
@@ -111,43 +93,6 @@ def model_card(folder: str | Path, *, repo_id: str | None = None, evaluation: st
         repo_id=repo_id,
     )
     return update_card(old, card.data.to_dict(), sections_of(card.text))
-
-
-def check_model_card(text: str) -> list[str]:
-    """What keeps a card from being published, in words; empty: nothing."""
-    try:
-        card = ModelCard(text)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        return [f"the metadata between the --- lines cannot be read: {error}"]
-    metadata, problems = card.data.to_dict(), []
-    headings = {match[1].strip() for match in re.finditer(r"^#+ (.+)$", card.text, re.MULTILINE)}
-    problems += [f"no section {name!r}" for name in REQUIRED if name not in headings]
-    if DISCLAIMER not in card.text:
-        problems.append(f"it does not say {DISCLAIMER!r}")
-    problems += _license_problems(metadata)
-    for name in ("tags", "datasets", "base_model"):
-        values = metadata.get(name, [])
-        if not all(isinstance(value, str) for value in ([values] if isinstance(values, str) else values)):
-            problems.append(f"{name} of the metadata should be names, got {values}")
-    if not any("from_pretrained" in snippet or "load_adapters" in snippet for snippet in snippets(card.text)):
-        problems.append("no Python snippet that loads the model")
-    if LOCAL_PATH.search(text):
-        problems.append("it shows a path of a local folder")
-    return problems
-
-
-def snippets(text: str) -> list[str]:
-    """The Python blocks of a card."""
-    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-
-
-def _license_problems(metadata: dict[str, Any]) -> list[str]:
-    license = metadata.get("license")
-    if not license:
-        return ['no license in the metadata: "other" with a license_name where there is no identifier']
-    if license == "other" and not metadata.get("license_name"):
-        return ['license is "other" without a license_name']
-    return []
 
 
 def _metadata(

@@ -3,7 +3,8 @@
 
 import argparse
 
-from hsenet.cards import check_model_card, write_model_card
+from hsenet.card_checks import check_model_card
+from hsenet.cards import write_model_card
 
 
 def add_card(parser: argparse.ArgumentParser) -> None:

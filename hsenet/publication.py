@@ -9,10 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from huggingface_hub import DatasetCard
 
-from hsenet.cards import check_model_card, write_model_card
+from hsenet.card_checks import check_dataset_card, check_model_card
+from hsenet.card_marks import put_sections, sections_of
+from hsenet.cards import write_model_card
 from hsenet.confidential import Confidential
+from hsenet.dataset_usage import SECTION, loading_section
 from hsenet.model_folder import CARD, MODEL_FILES, matches, model_problems
 from hsenet.run_record import publishable
 
@@ -96,6 +100,7 @@ def dataset_publication(folder: str | Path, repo_id: str, identifiers: Iterable[
     _refuse(_dataset_problems(folder, publication), "The dataset is not complete")
     known = Confidential.around(folder, repo_id.split("/"), map(Path, identifiers))
     _refuse_leaks(publication.files, known, scans_may_be_named=True)
+    publication.files[CARD] = _dataset_card(folder, repo_id)
     return publication
 
 
@@ -142,6 +147,19 @@ def _card(publication: Publication, repo_id: str, evaluation: str | Path | None)
     return content
 
 
+def _dataset_card(folder: Path, repo_id: str) -> bytes:
+    """The folder's card, with a snippet that loads the dataset from where it will be."""
+    text = (folder / CARD).read_text(encoding="utf-8-sig")
+    if SECTION in sections_of(text):
+        section = loading_section(DatasetCard(text).data.configs, repo_id=repo_id)
+        text = put_sections(text, {SECTION: section})
+    problems = check_dataset_card(text)
+    _refuse(
+        [f"the card: {problem}" for problem in problems], "The card is not complete (building again writes it anew)"
+    )
+    return text.encode()
+
+
 def _evaluation_files(folder: Path) -> dict[str, Path | bytes]:
     if not (folder / "metrics.json").is_file():
         raise PublishingError(
@@ -169,7 +187,10 @@ def _dataset_problems(folder: Path, publication: Publication) -> list[str]:
     """Every file that the card's configurations name is there."""
     if CARD not in publication.files:
         return ["there is no README.md, which a finished build writes last: build it to its end"]
-    configs = DatasetCard.load(folder / CARD).data.to_dict().get("configs")
+    try:
+        configs = DatasetCard.load(folder / CARD).data.to_dict().get("configs")
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        return [f"the metadata of README.md cannot be read: {error}"]
     if not configs:
         return ["the card has no configs: expected a folder that a program of datasets_scripts/ has built"]
     named = [entry["path"] for config in configs for entry in config["data_files"]]

@@ -20,7 +20,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_hub import run_elsewhere
 
-from hsenet.cards import check_model_card, snippets, write_model_card
+from hsenet.card_checks import check_model_card, snippets
+from hsenet.cards import write_model_card
 from hsenet.cli import main
 from hsenet.conversion_vlm import convert_vlm
 from hsenet.metrics.table import as_cell

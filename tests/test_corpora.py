@@ -19,9 +19,11 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from card_validation import validate
 from datasets import get_dataset_config_names, load_dataset
 from huggingface_hub import DatasetCard
 
+from hsenet.card_checks import check_dataset_card, snippets
 from hsenet.collators import ContrastiveCollator, ReportCollator
 from hsenet.corpora import Corpus, CorpusError
 from hsenet.corpora.schema import REPORT
@@ -212,11 +214,17 @@ def test_names_in_a_table_are_hashed_unless_asked_for(built, raw, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["v1", "v2", "radgenome", "bimcv_r", "m3d_cap", "table"])
-def test_card_and_configurations_load(built, name):
+def test_card_and_configurations_load(built, name, monkeypatch, capsys):
     folder = built[name]
     card = DatasetCard.load(folder / "README.md")
     assert card.data.license and card.data.pretty_name and "Leakage" in card.text and "Left out" in card.text
     assert str(folder.parent) not in card.content and "/tmp" not in card.content
+    assert check_dataset_card(card.content) == [] and validate(card.content, "dataset") == ([], [])
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    (snippet,) = snippets(card.text)
+    exec(snippet, {})
+    assert next(row for row in rows_of(folder) if row["split"] == "train")["findings"] in capsys.readouterr().out
     configs = get_dataset_config_names(str(folder))
     assert set(configs) >= {"preview", "reports"} and ("vqa" in configs) == (name == "radgenome")
     preview = load_dataset(str(folder), "preview", split="test", streaming=True)

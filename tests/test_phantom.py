@@ -10,7 +10,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from card_validation import validate
 
+from hsenet.card_checks import check_dataset_card, snippets
 from hsenet.phantom import (
     CT_RATE_LABELS,
     ORIENTATIONS,
@@ -225,8 +227,14 @@ def built(tmp_path_factory) -> Path:
     return output
 
 
-def test_build_loads_with_datasets(built, tmp_path):
+def test_build_loads_with_datasets(built, tmp_path, monkeypatch, capsys):
     from datasets import load_dataset
+
+    monkeypatch.chdir(built)
+    card = (built / "README.md").read_text()
+    assert check_dataset_card(card) == [] and validate(card, "dataset") == ([], [])
+    (snippet,) = snippets(card)
+    exec(snippet, {})
 
     reports = load_dataset(str(built), "reports", cache_dir=str(tmp_path))
     vqa = load_dataset(str(built), "vqa", cache_dir=str(tmp_path))
@@ -239,6 +247,7 @@ def test_build_loads_with_datasets(built, tmp_path):
         assert {finding["label"] for finding in json.loads(row["details"])} == {
             label for label, present in zip(CT_RATE_LABELS, row["labels"], strict=True) if present
         }
+    assert reports["train"][0]["findings"] in capsys.readouterr().out
     texts = {(row["study_id"], row["findings"], row["impression"]) for row in reports["train"]}
     assert len(texts) == 4  # two reconstructions of a study share its report
     assert all((built / volume).exists() for volume in vqa["train"]["volume"])
@@ -258,6 +267,14 @@ def test_build_is_the_same_with_one_worker_and_after_an_interruption(built, buil
     (output / "reports/train.parquet").unlink()
     builder.main()
     assert contents(output) == complete
+
+    # What somebody wrote into the card, too.
+    card = output / "README.md"
+    text = card.read_text().replace("<!-- uses", "Mine.\n\n<!-- uses", 1).replace("pretty_name: ", "pretty_name: My ")
+    card.write_text(text.replace("## Columns", "## Col"))
+    builder.main()
+    text = card.read_text()
+    assert text.count("Mine.") == 1 and "pretty_name: My" in text and text.count("## Columns") == 1
 
 
 def test_build_refuses_a_folder_built_otherwise(built, builder, tmp_path, monkeypatch):

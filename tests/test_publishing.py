@@ -30,7 +30,7 @@ from test_hub import QUESTION, answer, embeddings, without_the_package
 
 from hsenet import HSENetProcessor, read_volume
 from hsenet.adapters import adapter_layout, lora_config, save_adapter
-from hsenet.cards import check_model_card
+from hsenet.card_checks import check_model_card
 from hsenet.digests import model_digest
 from hsenet.fingerprint import store_fingerprint
 
@@ -629,12 +629,20 @@ sys.argv = arguments
 runpy.run_path(arguments[0], run_name="__main__")
 """
 LOAD = """
-import json
+import contextlib, io, json
 from datasets import load_dataset
-rows = load_dataset(arguments[0], "reports", split="train")
-volumes = load_dataset(arguments[0], "volumes", split="train")
-assert volumes[0]["volume"].shape
-print(json.dumps(list(rows["findings"])))
+from huggingface_hub import DatasetCard
+from hsenet.card_checks import snippets
+card = DatasetCard.load(arguments[0])
+card.validate()
+with contextlib.redirect_stdout(io.StringIO()) as output:
+    for snippet in snippets(card.text):
+        exec(snippet, {})
+findings = list(load_dataset(arguments[0], "reports", split="train")["findings"])
+if len(arguments) > 1:
+    volumes = load_dataset(arguments[0], arguments[1], split="train")
+    assert volumes[0]["volume"].shape
+print(json.dumps({"findings": findings, "snippet": output.getvalue()}))
 """
 
 
@@ -663,12 +671,17 @@ def test_a_dataset_is_loaded_from_the_hub(hub, clients, dataset):
     }  # fmt: skip
     key = dataset.with_name("ct.salt").read_bytes()
     assert not any(key in content or b"train_1_a" in content for content in files.values())
-    stranger = clients.run(LOAD, "someone/ct", HF_TOKEN="")
+    stranger = clients.run(
+        'from datasets import load_dataset; load_dataset(arguments[0], "reports")', "someone/ct", HF_TOKEN=""
+    )
     assert stranger.returncode == 1 and "someone/ct' doesn't exist on the Hub or cannot be accessed" in stranger.stderr
-    done = clients.run(LOAD, "someone/ct")
+    done = clients.run(LOAD, "someone/ct", "volumes")
     assert done.returncode == 0, done.stderr[-3000:]
-    reports = pyarrow.parquet.read_table(dataset / "reports/train.parquet")
-    assert json.loads(done.stdout) == reports["findings"].to_pylist()
+    reports = pyarrow.parquet.read_table(dataset / "reports/train.parquet")["findings"].to_pylist()
+    said = json.loads(done.stdout)
+    assert said["findings"] == reports and reports[0] in said["snippet"]
+    card = files["README.md"].decode()
+    assert 'dataset_id = "someone/ct"' in card and "os.getcwd()" in (dataset / "README.md").read_text()
 
 
 def test_a_dataset_that_was_built_anew_leaves_no_old_shards(hub, clients, dataset, tmp_path):
@@ -701,6 +714,20 @@ def test_datasets_that_are_not_whole(hub, clients, dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "ct")
     (tmp_path / "ct/reports/train.parquet").unlink()
     assert "names reports/train.parquet" in refusal(clients, tmp_path / "ct", "someone/part", "--dataset")
+    path = tmp_path / "ct/README.md"
+    card = path.read_text()
+    shutil.copy(dataset / "reports/train.parquet", tmp_path / "ct/reports")
+    for old, new, words in (
+        ("## Source and licence", "## Source", "no section 'Source and licence'"),
+        ("Not a medical device.", "A device.", "does not say 'Not a medical device.'"),
+        ("license: cc-by-nc-sa-4.0\n", "", "no license in the metadata"),
+        ("pretty_name:", "name:", "no pretty_name"),
+        ("---\n", "---\na: [\n", "metadata of README.md cannot be read"),
+    ):
+        assert old in card
+        path.write_text(card.replace(old, new, 1))
+        said = clients.hsenet("push", tmp_path / "ct", "someone/part", "--dataset", "--dry_run")
+        assert said.returncode == 1 and words in said.stderr, said.stderr
     (tmp_path / "ct/corpus").symlink_to(tmp_path)
     assert "local copy" in refusal(clients, tmp_path / "ct", "someone/part", "--dataset")
     assert hub.requests == []
@@ -714,6 +741,10 @@ def test_scans_with_words_in_their_headers(hub, clients, tmp_path):
                        "someone/phantoms", "--public")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert not hub.repositories["datasets/someone/phantoms"].private
+    done = clients.run(LOAD, "someone/phantoms")
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout)
+    assert said["findings"][0] in said["snippet"]
     path = next((tmp_path / "p/volumes").rglob("*.nii.gz"))
     image = nibabel.load(path)
     image.header["descrip"] = CANARIES[0]

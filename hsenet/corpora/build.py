@@ -25,22 +25,18 @@ from typing import Any
 from hsenet.publishing import open_repository, push_dataset
 from reading_hsenet import Volume
 
-from .card import CardFacts, write_card
+from .card import CardFacts, Contents, write_card
 from .files import claim_folder, write_atomically
 from .leakage import find_leaks, write_leaks
 from .marks import SPLITS, first_patients, mark
 from .parquet import read_rows, write_rows
 from .preview import write_preview
 from .pseudonyms import pseudonyms, without_names
-from .schema import QUESTION_FEATURES, REPORT_FEATURES
+from .schema import PREVIEW, QUESTION, QUESTION_FEATURES, REPORT, REPORT_FEATURES, VOLUME
 from .shards import LINK, exclusion, read_file, shard_path, split_into_shards, stop_if_unreadable, write_shards
 from .source import INSIDE, Corpus, CorpusError
 
 
-DEIDENTIFIED = (
-    "**De-identified.** Patients, studies and volumes have pseudonyms, and 90 years stand for 90 and more. Texts are "
-    "as they were."
-)
 MAX_SPACING_MM = 10.0  # the reader refuses what is coarser
 
 
@@ -130,10 +126,10 @@ def run(plan: Plan, corpus: Corpus, facts: CardFacts, arguments: argparse.Namesp
     leaks = find_leaks({**row, "split": split} for split, group in reports.items() for row in group)
     write_leaks(output / "leakage.json", leaks)
     write_preview(output, reports)
-    if arguments.deidentify:
-        facts = replace(facts, notes=(*facts.notes, DEIDENTIFIED))
-    write_card(output, facts, parameters, reports, questions, excluded, leaks)
-    print((output / "README.md").read_text().split("---\n", 2)[2])
+    contents = Contents(
+        parameters, reports, questions, _columns(arguments, questions), _preparation(arguments), excluded, leaks
+    )
+    print(write_card(output, facts, contents, is_reference=arguments.volumes == "reference"))
     if arguments.push_to_hub:
         push_dataset(output, arguments.push_to_hub, private=not arguments.public)
 
@@ -165,6 +161,42 @@ def _recorded(arguments: argparse.Namespace, corpus: Corpus, rows: list[dict]) -
         # Shards of other tables, or of another list of exclusions, would not go together.
         "rows": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
     }
+
+
+def _columns(arguments: argparse.Namespace, questions: dict[str, int]) -> dict[str, dict]:
+    columns = {"reports": REPORT} | ({"volumes": VOLUME} if arguments.volumes == "nifti" else {})
+    return columns | ({"vqa": QUESTION} if questions else {}) | {"preview": PREVIEW}
+
+
+def _preparation(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """For the card: what became of a scan, and how."""
+    names = "those of the source"
+    if arguments.deidentify:
+        names = "pseudonyms of patients, studies and volumes; 90 years stand for 90 and more; texts are as they were"
+    if arguments.volumes == "reference":
+        reading = "when they are read, by the file itself or by hu_slope and hu_intercept"
+        return [
+            ("scans", "untouched: the rows point into a local copy"),
+            ("values", f"HU {reading}"),
+            ("names", names),
+        ]
+    spacing = "as read from the source"
+    if arguments.spacing:
+        blocks = " x ".join(f"{length:g}" for length in arguments.spacing)
+        spacing = (
+            f"voxels averaged in blocks of at most {blocks} mm (depth, height, width), a last part of one cut off"
+        )
+    return [
+        ("values", "Hounsfield units as read from the source, rounded to int16"),
+        (
+            "orientation",
+            "by the affine that was read: the array's axes run to the patient's left, to posterior, to superior",
+        ),
+        ("spacing", spacing),
+        ("field of view", "the source's, nothing is cropped"),
+        ("headers", "written anew, with no text of the source's"),
+        ("names", names),
+    ]
 
 
 def _link(link: Path, target: Path) -> None:

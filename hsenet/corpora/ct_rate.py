@@ -5,7 +5,7 @@ from typing import Any
 
 from hsenet.phantom import CT_RATE_LABELS
 
-from .card import CardFacts
+from .card import TAGS, CardFacts
 from .marks import split_of
 from .source import Corpus, CorpusError
 from .tables import age_in_years, number_or_none, read_table, sex_or_none, text_or_none
@@ -35,18 +35,30 @@ TERMS = (
     "CC-BY-NC-SA 4.0, and the corpus' own terms, which every user has to accept on the Hub: no commercial use, no "
     "attempt to identify anybody, no redistribution. Keep the dataset private."
 )
-CITATION = "Hamamci et al., arXiv 2403.17834 (CT-RATE)."
+CITATION = "Hamamci et al., [arXiv 2403.17834](https://arxiv.org/abs/2403.17834) (CT-RATE)."
 
 
-def ct_rate_facts(script: str, name: str, notes: tuple[str, ...] = (), citation: str = CITATION) -> CardFacts:
+def ct_rate_facts(script: str, name: str, texts: tuple[str, ...] = (), citation: str = CITATION) -> CardFacts:
     source = "https://huggingface.co/datasets/ibrahimhamamci/CT-RATE"
-    splits = (
-        "**Splits.** `test` is CT-RATE's validation split, the one that papers report on; `validation` are training "
-        "patients, chosen by a hash of the patient's name, to select models on. Labels are those that CT-RATE's "
-        "authors predicted from the reports. One row is one reconstruction; `sibling_of` marks the further ones of a "
-        "study."
+    return CardFacts(
+        script=script,
+        name=name,
+        license="cc-by-nc-sa-4.0",
+        terms=TERMS,
+        source=source,
+        splits="`test` is CT-RATE's validation split, the one that papers report on; `validation` are training "
+        "patients, chosen by a hash of the patient's name, to select models on.",
+        citation=citation,
+        what="Chest CT scans with their radiology reports and 18 findings, of CT-RATE.",
+        scans=("Scans whose headers are blank are left out: nothing else says which side is left.",),
+        texts=(
+            "Reports are the corpus' English ones. Labels are those that CT-RATE's authors predicted from the "
+            "reports: they are no reading of the scans. One row is one reconstruction; `sibling_of` marks the further "
+            "ones of a study.",
+            *texts,
+        ),
+        tags=(*TAGS, "chest"),
     )
-    return CardFacts(script, name, "cc-by-nc-sa-4.0", TERMS, source, citation, (splits, *notes))
 
 
 def ct_rate_rows(

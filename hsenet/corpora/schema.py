@@ -45,16 +45,33 @@ REPORT = {
 }
 QUESTION = {
     **STUDY,
-    "question": (Value("string"), ""),
-    "answer": (Value("string"), ""),
+    "question": (Value("string"), "about the volume of this name"),
+    "answer": (Value("string"), "in the corpus' words"),
     "question_type": (Value("string"), "presence, location, size, abnormality or region_report"),
     "label": (Value("string"), "the finding asked about"),
     "region": (Value("string"), "the region asked about, from large to small"),
 }
 
+# Of these, what `reports` does not have.
+VOLUME = {
+    "volume": (
+        Nifti(),
+        "the scan: int16 HU, with the affine that leads to mm in patient space; the other columns are `reports`'",
+    )
+}
+PREVIEW = {
+    "image": (
+        Image(),
+        "middle axial, coronal and sagittal plane, -1000 to 400 HU; beside it name and texts, of few rows",
+    )
+}
+
 REPORT_FEATURES = Features({name: feature for name, (feature, _) in REPORT.items()})
-VOLUME_FEATURES = Features({**REPORT_FEATURES, "volume": Nifti()})
+VOLUME_FEATURES = Features({**REPORT_FEATURES, "volume": VOLUME["volume"][0]})
 QUESTION_FEATURES = Features({name: feature for name, (feature, _) in QUESTION.items()})
 PREVIEW_FEATURES = Features(
-    {"image": Image(), **{name: REPORT_FEATURES[name] for name in ("volume_name", "findings", "impression")}}
+    {
+        "image": PREVIEW["image"][0],
+        **{name: REPORT_FEATURES[name] for name in ("volume_name", "findings", "impression")},
+    }
 )
