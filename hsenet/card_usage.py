@@ -25,9 +25,7 @@ def usage(
 ) -> str:
     """The block of Python, with its fences."""
     values = {"hub_import": "", "pinned": "", "where": 'model_id = "."  # the folder of this card', "cached": None}
-    if repo_id and kind.name == "adapter":
-        values["where"] = f'model_id = "{repo_id}"  # to pin it, download a revision and give its folder'
-    elif repo_id:
+    if repo_id:
         values |= {"hub_import": "from huggingface_hub import HfApi\n", "pinned": ", revision=revision"}
         values["where"] = FROM_HUB.format(repo_id=repo_id)
     name = "retrieval" if kind.name in ("stage1", "stage2") else kind.name

@@ -38,6 +38,7 @@ from hsenet.training_card import training_section
 
 CARD = "README.md"
 CONVERSION = "conversion.json"
+WITHOUT_CODE = ("part", "adapter")  # kinds that bring no Hub files
 TAGS = ["hsenet", "computed-tomography", "radiology", "medical", "3d"]
 
 
@@ -81,6 +82,8 @@ def model_card(folder: str | Path, *, repo_id: str | None = None, evaluation: st
         what=WHAT[kind.name],
         intended=INTENDED[kind.name],
         usage=usage(folder, kind, config, record, repo_id),
+        remote_code=kind.name not in WITHOUT_CODE,
+        needs_package=kind.name == "adapter",
         architecture=_architecture(folder, config),
         adapters=", ".join(f"`adapters/{path.name}`" for path in sorted(folder.glob("adapters/*")) if path.is_dir()),
         input=_input(folder, kind),
@@ -108,7 +111,7 @@ def _metadata(
         language=languages,
         base_model=bases or None,
         datasets=hub_ids(sources, datasets=True) or None,
-        tags=TAGS + (["custom_code"] if kind.name not in ("part", "adapter") else []),
+        tags=TAGS + (["custom_code"] if kind.name not in WITHOUT_CODE else []),
         model_name=(repo_id or kind.title).rpartition("/")[2] if results else None,
         eval_results=results or None,
     )

@@ -235,6 +235,9 @@ def test_conversions_leave_cards(vlm, monkeypatch, capsys):
     values = {}
     exec(snippets(adapter.text)[0], values)
     assert type(values["model"]).__name__ == "HSENetForConditionalGeneration"
+    published = write_model_card(vlm / "adapters/a", repo_id="owner/adapter").read_text()
+    assert '{"adapter": model_id}, revision=revision)' in snippets(published)[0]
+    assert "trust_remote_code" not in published and "needs the package" in published
 
 
 RUN = """
