@@ -63,10 +63,10 @@ def training_data(record: dict[str, Any] | None, conversion: dict[str, Any] | No
     synthetic = ""
     if is_synthetic(sources):
         synthetic = (
-            "\n\n**Synthetic.** The scans are procedural phantoms and their reports are written by a program: no "
-            "patient is in them."
+            "\n\n**Synthetic.** The dataset's scans are procedural phantoms and their reports are written by a "
+            "program: no patient is in them."
         )
-    return f"{plain_table(('what', 'name', 'licence'), source_rows(sources))}{synthetic}\n\n{BOUND}"
+    return f"{plain_table(('what', 'name', 'licence', 'learned from'), source_rows(sources))}{synthetic}\n\n{BOUND}"
 
 
 def converted_from(conversion: dict[str, Any] | None) -> list[str]:
@@ -89,7 +89,7 @@ def limitations(kind: Kind, config: PreTrainedConfig | None, record: dict[str, A
     points = []
     sources = record["settings"].get("sources", {}) if record else {}
     if is_synthetic(sources):
-        points.append("**Phantoms only.** It was trained on synthetic scans and knows nothing of real disease.")
+        points.append("**Phantoms.** Its dataset is synthetic: from it, the model knows nothing of real disease.")
     if kind.name in ("report", "adapter"):
         points += [
             "**Invention.** It writes fluent sentences about findings that are not there, and leaves out findings "

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import DatasetCard, ModelCard, RepoCard
 
 from hsenet.card_marks import read_card
@@ -39,13 +40,27 @@ def _source(name: str, source: str) -> dict[str, Any]:
     card_class = DatasetCard if name == DATASET else ModelCard
     folder = Path(source)
     if folder.is_dir():
-        card, given = read_card(folder / "README.md", card_class), {}
+        card = read_card(folder / "README.md", card_class)
+        given = {"learned_from": names} if (names := _learned_from(folder)) else {}
     elif HUB_ID.fullmatch(source):
         card, given = _hub_card(source, card_class), {"hub_id": source}
     else:
         return {}
     said = card.data.to_dict() if card is not None else {}
     return given | {key: said[key] for key in KEPT if said.get(key)}
+
+
+def _learned_from(folder: Path) -> list[str]:
+    """The datasets, by name, of the run that made a model and of the runs before it."""
+    record = folder / "run_config.yaml"
+    sources = (yaml.safe_load(record.read_text()) or {}).get("sources", {}) if record.exists() else {}
+    names = [_shown(sources[DATASET])] if DATASET in sources else []
+    names += [name for source in sources.values() for name in source.get("learned_from", [])]
+    return list(dict.fromkeys(names))
+
+
+def _shown(source: dict[str, Any]) -> str:
+    return source.get("hub_id") or source.get("pretty_name") or "local, without a name on a card"
 
 
 def _hub_card(repo_id: str, card_class: type[RepoCard]) -> RepoCard | None:
@@ -78,13 +93,15 @@ def is_synthetic(sources: dict[str, dict[str, Any]]) -> bool:
     return "synthetic" in sources.get(DATASET, {}).get("tags", [])
 
 
-def source_rows(sources: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """For a table: what it was for, its name, its licence."""
+def source_rows(sources: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """For a table: what it was for, its name, its licence, what it had learned from."""
     rows = []
     for name, source in sources.items():
-        shown = source.get("hub_id") or source.get("pretty_name") or "local, without a name on a card"
         license = source.get("license", "unknown: its card does not say, or there is none")
         if source.get("license_name"):
             license += f" ({source['license_name']})"
-        rows.append((name.replace("_", " "), shown, license))
+        of_card = source.get("datasets", [])
+        learned = source.get("learned_from") or ([of_card] if isinstance(of_card, str) else of_card)
+        origin = "" if name == DATASET else ", ".join(learned) or "unknown"
+        rows.append((name.replace("_", " "), _shown(source), license, origin))
     return rows

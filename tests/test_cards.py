@@ -115,6 +115,9 @@ def test_card_says_what_it_learned_from(runs):
     card = card_of(runs / "run3")
     assert card.data.license == "other" and card.data.license_name
     assert "| language model | local, without a name on a card | unknown" in card.text
+    # Stage 2 has a record of its run, the stage 1 that was given to it has none.
+    assert f"| stage2 | local, without a name on a card | {LICENSE} | {as_cell(DATASET)} |" in card.text
+    assert f"| stage1 | local, without a name on a card | {LICENSE} | unknown |" in card.text
 
 
 def test_sizes_and_preparation_are_the_models(runs):
