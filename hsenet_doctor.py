@@ -262,7 +262,13 @@ def reach_hub() -> Iterator[Check]:
 def model_files(source: str) -> Iterator[Check]:
     folder = Path(source)
     if not folder.is_dir():
-        yield Check("model files", NOTE, "a Hub id: its files are checked as they are downloaded")
+        from hsenet.folder_or_hub import check_model_source
+
+        try:
+            check_model_source(source)
+            yield Check("model files", NOTE, "a Hub id: its files are checked as they are downloaded")
+        except ValueError as error:
+            yield Check("model files", PROBLEM, str(error), "give the folder of a saved model, or its Hub id")
         return
     from hsenet.model_folder import model_problems  # needs accelerate, which this says by itself
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from huggingface_hub import HfApi
 
 from hsenet.augmentation import VolumeAugmentation
+from hsenet.folder_or_hub import dataset_revision
 from hsenet.report_prompts import REPORT_PROMPTS
 from hsenet.volume_cache import VolumeCache
 
@@ -29,6 +29,9 @@ def load_rows(
     Args:
         max_rows (`int`, *optional*): use only the first.
         question_types: only questions of these types; empty: all.
+
+    Raises:
+        ValueError: there is no such folder, and no dataset on the Hub that can be reached.
     """
     root, revision = dataset_root(dataset)
     # Streamed: the cache that `datasets` keeps of a local folder can hold another folder's rows of the same name.
@@ -48,7 +51,7 @@ def dataset_root(dataset: str) -> tuple[str, str | None]:
     """Where the paths of a dataset start, and its revision: its rows and its scans have to be of the same one."""
     if Path(dataset).is_dir():
         return str(Path(dataset)), None
-    revision = HfApi().dataset_info(dataset).sha
+    revision = dataset_revision(dataset)
     return f"hf://datasets/{dataset}@{revision}", revision
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from hsenet.data import VolumeRows
+from hsenet.folder_or_hub import check_model_source
 from hsenet.volume_cache import VolumeCache, preprocessing_settings
 from modeling_hsenet import HSENetCLIPModel
 from processing_hsenet import HSENetProcessor
@@ -57,8 +58,9 @@ class Embedder:
             revision (`str`, *optional*): branch, tag or commit on the Hub.
 
         Raises:
-            ValueError: it is a model of another kind, or a weight is missing.
+            ValueError: there is no model, it is one of another kind, or a weight is missing.
         """
+        check_model_source(model, revision=revision)
         location = {} if revision is None else {"revision": revision}
         kind = AutoConfig.from_pretrained(model, **location).model_type
         if kind != HSENetCLIPModel.config_class.model_type:

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from hsenet.digests import content_hash
+from hsenet.folder_or_hub import check_model_source
 from modeling_hsenet import HSENetForConditionalGeneration
 from processing_hsenet import HSENetProcessor
 from reading_hsenet import HSENetInputWarning, Volume, read_volume
@@ -64,8 +65,9 @@ def load_generation_model(
             is the installed package's, whatever lies in the folder.
 
     Raises:
-        ValueError: it is a model of another kind, or a weight is missing.
+        ValueError: there is no model, it is one of another kind, or a weight is missing.
     """
+    check_model_source(source, revision=revision)
     trusted = from_pretrained_kwargs.pop("trust_remote_code", False)
     location = {"revision": revision} if revision is not None else {}
     device = device if device is not None else best_device()

@@ -14,6 +14,8 @@ import torch
 import transformers
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+from hsenet.folder_or_hub import check_model_folder
+
 
 FILE = "fingerprint.json"
 # Both relative to the largest number of an output, which other libraries and thread counts change by about 1e-6.
@@ -42,6 +44,7 @@ def fingerprint(model: PreTrainedModel) -> dict:
 
 def fingerprint_folder(folder: str | Path) -> dict:
     """The fingerprint of the model saved in `folder`, loaded as any user would, with the installed package's code."""
+    check_model_folder(folder)
     return fingerprint(AutoModel.from_pretrained(folder, dtype=torch.float32).eval())
 
 
@@ -60,6 +63,7 @@ def check_fingerprint(folder: str | Path) -> dict:
     Raises:
         `ValueError`: if the model no longer computes what is stored beside it.
     """
+    check_model_folder(folder)
     file = Path(folder) / FILE
     if not file.exists():
         raise FileNotFoundError(f"There is no {FILE} in this folder: run `hsenet fingerprint DIR` where you trust it.")

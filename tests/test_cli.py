@@ -270,6 +270,41 @@ def test_other_mistakes_end_with_1_and_a_sentence(model, scans, tmp_path, capsys
         assert error.startswith("hsenet: ") and words in error and "Traceback" not in error
 
 
+NO_FOLDER = "there is no such folder, and it is no Hub id OWNER/NAME.\n"
+
+
+@pytest.mark.parametrize("missing", ["/nonexistent", "outputs/quickstart/stage3", "stage3", "no--such/model"])
+def test_a_folder_that_is_missing_is_not_called_a_repository(missing, scans, capsys):
+    scan = str(scans["nifti"])
+    commands = [["report", missing, scan], ["ask", missing, scan, "a"], ["embed", missing, scan, "--json"]]
+    commands.append(["evaluate", "--dataset", str(scans["series"]), "--stage2", missing])
+    for command in commands:
+        assert main(command) == 1
+        what = "stage2" if "evaluate" in command else "model"
+        assert capsys.readouterr() == ("", f"hsenet: {what}: {NO_FOLDER}")
+
+
+def test_other_folders_without_a_model(model, scans, tmp_path, capsys):
+    for command, words in (
+        (["fingerprint", "/nonexistent"], "model: there is no such folder."),
+        (["fingerprint", "/nonexistent", "--check"], "model: there is no such folder."),
+        (["report", str(tmp_path), str(scans["nifti"])], "model: the folder has no config.json"),
+        (["evaluate", "--dataset", "/nonexistent", "--model", model], f"dataset: {NO_FOLDER}"),
+    ):
+        assert main(command) == 1
+        assert f"hsenet: {words}" in capsys.readouterr().err
+    code, found = checks(capsys, "/nonexistent")
+    assert code == 1 and NO_FOLDER.strip() in found["model files"]["found"] and "smoke test" not in found
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence(scans, tmp_path):
+    nobody = {**ENVIRONMENT, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "hsenet_command", "report", "no-such/model", str(scans["nifti"])]
+    run = subprocess.run(command, capture_output=True, text=True, env=nobody, timeout=120)
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr.count("\n") == 1 and "nor did the Hub answer (ConnectError)" in run.stderr  # and no retries
+
+
 def test_ctrl_c_ends_without_a_traceback(model, scans, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

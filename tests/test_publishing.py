@@ -242,6 +242,18 @@ def test_the_command_line_reports_with_a_pinned_revision(clients, folders, tmp_p
     assert pinned["text"] == report(folders["first"])["text"] != newest["text"]
 
 
+def test_what_the_hub_does_not_have_is_said_in_a_sentence(clients, folders, tmp_path):
+    push(clients, folders["first"], "someone/there")
+    for arguments, words in (
+        (["someone/nothing"], "model: there is no such folder, and the Hub shows you no model of that name"),
+        (["someone/there", "--revision", "v9"], "model: its repository on the Hub has no such revision."),
+    ):
+        done = clients.hsenet("report", *arguments, tmp_path / "scan.nii.gz")
+        assert done.returncode == 1 and done.stderr.startswith(f"hsenet: {words}") and done.stderr.count("\n") == 1
+    done = clients.hsenet("evaluate", "--dataset", "someone/there", "--model", "someone/there")
+    assert done.returncode == 1 and "dataset: there is no such folder, and the Hub shows you no dataset" in done.stderr
+
+
 def test_documented_remote_code_is_pinned():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     calls = [call for page in pages for call in re.findall(r'from_pretrained\(\s*"[^"]+/[^)]*\)', page.read_text())]

@@ -13,6 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from hsenet.collators import ContrastiveCollator
 from hsenet.digests import digest, model_digest
+from hsenet.folder_or_hub import check_model_source
 from hsenet.metrics.labellers import ClassifierLabeller, RuleLabeller
 from hsenet.metrics.table import as_records
 from hsenet.metrics.tally import Tally
@@ -268,6 +269,9 @@ def model_indexes(metrics: dict, results: dict[str, list], arguments: Evaluation
 
 def evaluate(arguments: EvaluationArguments) -> None:
     """Scores the models and writes what `train/evaluate.py` lists; each process of a launch calls it."""
+    for name in ("stage1", "stage2", "model"):
+        if source := getattr(arguments, name):
+            check_model_source(source, what=name)
     run = start()
     rows = load_evaluation_rows(
         arguments.dataset,
