@@ -103,4 +103,5 @@ def _missing(error: ModuleNotFoundError) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # The commands raise the `UsageError` of the module that they import, which this file under its other name is not.
+    sys.exit(resolve_name("hsenet_command:main")())

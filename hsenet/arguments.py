@@ -120,6 +120,8 @@ def parse_arguments(*dataclasses: type, argv: list[str] | None = None, prog: str
     settings = {}
     if "--config" in argv:
         position = argv.index("--config")
+        if position + 1 == len(argv):
+            raise ValueError("--config: expected a file, got none.")
         settings = yaml.safe_load(Path(argv[position + 1]).read_text())
         del argv[position : position + 2]
     parser = HfArgumentParser(dataclasses, prog=prog)

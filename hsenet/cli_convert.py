@@ -12,6 +12,7 @@ from hsenet.conversion import convert_clip
 from hsenet.conversion_output import Report
 from hsenet.conversion_slices import BIOMEDCLIP_ID, convert_slice_encoder
 from hsenet.fingerprint import FILE, check_fingerprint, store_fingerprint
+from hsenet_command import UsageError
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
@@ -102,10 +103,10 @@ def _run_vlm(**options) -> None:
 
     if "base" in options:
         if extra := sorted(set(options) - {"source", "output", "base", "lora_alpha"}):
-            raise ValueError(f"With --base only the adapter is converted, so these have no use: {', '.join(extra)}.")
+            raise UsageError(f"With --base only the adapter is converted, so these have no use: {', '.join(extra)}.")
         _print(options["output"], convert_vlm_adapter(**options))
     elif "stage2" not in options:
-        raise ValueError("Expected --stage2, which has the encoders, or --base, to convert the adapter alone.")
+        raise UsageError("Expected --stage2, which has the encoders, or --base, to convert the adapter alone.")
     else:
         _print(options["output"], convert_vlm(**_parsed(options)))
 

@@ -3,6 +3,7 @@
 
 from hsenet.arguments import parse_arguments
 from hsenet.scoring.program import EvaluationArguments, evaluate
+from hsenet_command import UsageError
 
 
 def run_evaluate(argv: list[str]) -> None:
@@ -10,4 +11,8 @@ def run_evaluate(argv: list[str]) -> None:
     Args:
         argv: settings of [`~hsenet.scoring.program.EvaluationArguments`], and `--config FILE.yaml` with more of them.
     """
-    evaluate(*parse_arguments(EvaluationArguments, argv=argv, prog="hsenet evaluate"))
+    try:
+        (arguments,) = parse_arguments(EvaluationArguments, argv=argv, prog="hsenet evaluate")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    evaluate(arguments)

@@ -6,6 +6,9 @@ import json
 import textwrap
 from typing import Any
 
+from hsenet.cli_scan import at_least_one
+from hsenet_command import UsageError
+
 
 FILTERS = ("sex", "min_age", "max_age", "labels", "without_labels", "splits")
 
@@ -36,9 +39,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("index", metavar="INDEX", help="folder that `hsenet index` wrote")
     parser.add_argument("--text", help="finding or report to search by")
     parser.add_argument("--volume", metavar="SCAN", help="NIfTI file or DICOM folder to search by")
-    parser.add_argument("--text_weight", type=float, help="with both, 0 to 1; the volume's is the rest (default: 0.5)")
+    parser.add_argument("--text_weight", type=_share, help="with both; the volume's is the rest of 1 (default: 0.5)")
     parser.add_argument("--target", choices=("volumes", "reports"), help="what to find (default: volumes)")
-    parser.add_argument("-k", type=int, help="how many (default: 10)")
+    parser.add_argument("-k", type=at_least_one, help="how many (default: 10)")
     parser.add_argument("--one_per_study", action="store_true", help="only the best reconstruction of each study")
     filters = parser.add_argument_group("filters")
     filters.add_argument("--sex", choices=("M", "F"))
@@ -67,10 +70,20 @@ def _run_search(model: str, index: str, *, json: bool, **options) -> None:
     from hsenet.index import SearchIndex
     from hsenet.index_filters import Filter
 
+    if "text" not in options and "volume" not in options:
+        raise UsageError("nothing to search by: give --text, --volume or both")
+    if not options.get("text", "any").strip():
+        raise UsageError("--text is empty: give a finding or a report")
     where = Filter(**{name: options.pop(name) for name in FILTERS if name in options})
     engine = {"engine": options.pop("engine")} if "engine" in options else {}
     result = SearchIndex.load(index, model, **engine).search(where=where, **options)
     print(_as_json(result.to_dict()) if json else _show(result, with_volume="volume" in options))
+
+
+def _share(text: str) -> float:
+    if not 0 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"expected 0 to 1, got {text}")
+    return number
 
 
 def _as_json(content: dict[str, Any]) -> str:

@@ -103,6 +103,8 @@ def _run(
     keep_names: bool,
     **options,
 ) -> int:
+    if not all(question.strip() for question in questions or ()):
+        raise UsageError("a question is empty: say what is asked")
     if figure and len(scans) > 1:
         raise UsageError(f"--figure shows one scan, got {len(scans)}")
     if output:

@@ -200,9 +200,11 @@ def test_incomplete_adapters_are_refused(folder, tmp_path):
 
 
 def test_options_that_do_not_go_together(folder, tmp_path, capsys):
-    assert run("convert", "vlm", folder / "vqa.bin", tmp_path / "x", "--base", folder / "base", "--stage2", "y") == 1
+    with pytest.raises(SystemExit, match="2"):
+        run("convert", "vlm", folder / "vqa.bin", tmp_path / "x", "--base", folder / "base", "--stage2", "y")
     assert "these have no use: stage2" in capsys.readouterr().err
-    assert run("convert", "vlm", folder / "vqa.bin", tmp_path / "x") == 1
+    with pytest.raises(SystemExit, match="2"):
+        run("convert", "vlm", folder / "vqa.bin", tmp_path / "x")
     assert "Expected --stage2" in capsys.readouterr().err
     torch.save({"a": torch.ones(1)}, tmp_path / "other.bin")
     with pytest.raises(ConversionError, match="no tensor named .*lora_A"):

@@ -258,6 +258,30 @@ def test_wrong_usage_ends_with_2(model, scans, wrong, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["search", "no-model", "no-index"], "nothing to search by"),
+        (["search", "no-model", "no-index", "--text", " "], "--text is empty"),
+        (["search", "no-model", "no-index", "--text", "a", "-k", "0"], "expected 1 or more"),
+        (["search", "no-model", "no-index", "--text", "a", "--text_weight", "2"], "expected 0 to 1"),
+        (["report", "no-model", "no-scan", "--question", "  "], "a question is empty"),
+        (["ask", "no-model", "no-scan", "Where?", ""], "a question is empty"),
+        (["evaluate", "--model", "no-model"], "--dataset is missing"),
+        (["evaluate", "--config"], "expected a file"),
+    ],
+)
+def test_wrong_usage_is_said_before_anything_is_loaded(command, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert words in capsys.readouterr().err
+
+
+def test_wrong_usage_ends_with_2_in_a_process_of_its_own():
+    run = hsenet("convert", "vlm", "source", "output")  # told by the command, not by argparse
+    assert run.returncode == 2 and "Expected --stage2" in run.stderr
+
+
 def test_other_mistakes_end_with_1_and_a_sentence(model, scans, tmp_path, capsys):
     tiny.clip_model().save_pretrained(tmp_path / "clip")
     for arguments, words in (
