@@ -51,6 +51,9 @@ quickstart: .venv/installed
 	  --model $(abspath $(OUTPUT))/stage3 --phantoms $(abspath $(OUTPUT))/phantoms --figure $(abspath $(OUTPUT))/phantom.png
 	cd $(OUTPUT)/elsewhere && HF_HUB_OFFLINE=1 HF_HOME=$$PWD/hf_home $(BIN)/python $(CURDIR)/examples/report_scan.py \
 	  --model $(abspath $(OUTPUT))/stage3 --scan $(abspath $(OUTPUT))/demo_ct/chest_ct.nii.gz --figure $(abspath $(OUTPUT))/real.png
+	@echo "The same scan by the command line, in text and, with its manifest kept, in JSON."
+	$(BIN)/hsenet report $(OUTPUT)/stage3 $(OUTPUT)/demo_ct/chest_ct.nii.gz
+	$(BIN)/hsenet report $(OUTPUT)/stage3 $(OUTPUT)/demo_ct/chest_ct.nii.gz --json --output $(OUTPUT)/reports
 	@date "+%T quickstart finished"
 
 clean:

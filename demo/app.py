@@ -11,6 +11,8 @@ apart from another's, and forgotten after half an hour.
 
 import argparse
 import os
+import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -64,12 +66,15 @@ def launch(page: gr.Blocks, **settings) -> Any:
         footer_links=[],
         state_session_capacity=MAX_VISITORS,
         ssr_mode=False,
+        quiet=True,
+        prevent_thread_lock=True,
         **settings,
     )
 
 
 def main() -> None:
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # ends as Ctrl-C does, not at once
     with tempfile.TemporaryDirectory() as uploads:  # gone when the server ends
         os.environ["GRADIO_TEMP_DIR"] = uploads
         assistant = Assistant.load(
@@ -80,12 +85,12 @@ def main() -> None:
             arguments.samples,
             max_new_tokens=arguments.max_new_tokens,
         )
-        launch(
-            build_page(assistant),
-            server_name=arguments.host,
-            server_port=arguments.port,
-            max_file_size=arguments.max_upload,
+        page = build_page(assistant)
+        _, address, _ = launch(
+            page, server_name=arguments.host, server_port=arguments.port, max_file_size=arguments.max_upload
         )
+        print(f"The page is at {address}", flush=True)
+        page.block_thread()
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from hsenet.publication import Publication, PublishingError
+from hsenet.publishing import publish_space
 
 
 ROOT = Path(__file__).parents[1]
+OURS = ("*.py", "*.css", *(f"hsenet/{'*/' * depth}*" for depth in range(4)))  # deleted there when gone here
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "deploy.py")
 
 
@@ -29,24 +31,14 @@ def collect(folder: Path) -> None:
 
 
 def deploy(repo_id: str, model: str, revision: str | None, private: bool) -> str:
-    """Makes the Space if it does not exist, with its variables, and uploads all in one commit; returns its address."""
-    api = HfApi()
-    settings = {"HSENET_MODEL": model, "HSENET_REVISION": revision}
-    variables = [{"key": key, "value": value} for key, value in settings.items() if value]
-    api.create_repo(
-        repo_id, repo_type="space", space_sdk="gradio", private=private, space_variables=variables, exist_ok=True
-    )
+    """Makes the Space if there is none, sets its model, uploads all in one commit; returns the commit's address."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, "space")
         collect(folder)
-        commit = api.upload_folder(
-            folder_path=folder,
-            repo_id=repo_id,
-            repo_type="space",
-            delete_patterns="*",
-            commit_message="Page and package",
-        )
-    return str(commit.repo_url)
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        variables = {"HSENET_MODEL": model, "HSENET_REVISION": revision}
+        commit = publish_space(Publication(files, [], OURS), repo_id, variables, private=private)
+    return commit.commit_url
 
 
 def main() -> None:
@@ -54,7 +46,7 @@ def main() -> None:
     parser.add_argument("repo_id", nargs="?", help="OWNER/NAME of the Space")
     parser.add_argument("--model", help="Hub id of the model that writes")
     parser.add_argument("--revision", help="of the model: the commit to load")
-    parser.add_argument("--public", action="store_true", help="a Space that is made is open to anybody")
+    parser.add_argument("--public", action="store_true", help="the Space is, or may be made, open to anybody")
     parser.add_argument("--folder", type=Path, help="write the files to this new folder and upload nothing")
     arguments = parser.parse_args()
     if arguments.folder is not None:
@@ -64,7 +56,10 @@ def main() -> None:
         return
     if arguments.repo_id is None or arguments.model is None:
         parser.error("expected OWNER/NAME of the Space and --model, or --folder")
-    print(deploy(arguments.repo_id, arguments.model, arguments.revision, not arguments.public))
+    try:
+        print(deploy(arguments.repo_id, arguments.model, arguments.revision, not arguments.public))
+    except PublishingError as error:
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

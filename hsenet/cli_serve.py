@@ -46,8 +46,10 @@ class _Server(uvicorn.Server):
     """Ends texts that are being written as soon as it is told to end."""
 
     service: ScanService
+    ended_by = 0  # number of the signal
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.ended_by = sig
         self.service.close()
         super().handle_exit(sig, frame)
 
@@ -91,7 +93,8 @@ def _run_serve(
     say(NOTICE, json=False)
     say(f"model {service.name} at http://{address}:{listener.getsockname()[1]}/v1", json=False)
     server.run(sockets=[listener])
-    return 0
+    # uvicorn sends itself the signal again, which may or may not end the process before this.
+    return 128 + server.ended_by if server.ended_by else 0
 
 
 def _key(variable: str | None, host: str) -> str | None:

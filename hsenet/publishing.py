@@ -118,6 +118,20 @@ def publish(
     )
 
 
+def publish_space(
+    publication: Publication, repo_id: str, variables: dict[str, str | None], *, private: bool = True
+) -> CommitInfo:
+    """One commit, after the Space's `variables` are set; those that are `None` are taken away."""
+    api = open_repository(repo_id, repo_type="space", private=private)
+    there = _asking(repo_id, lambda: api.get_space_variables(repo_id))
+    for key, value in variables.items():
+        if value is not None:
+            _asking(repo_id, lambda key=key, value=value: api.add_space_variable(repo_id, key, value))
+        elif key in there:
+            _asking(repo_id, lambda key=key: api.delete_space_variable(repo_id, key))
+    return publish(publication, repo_id, repo_type="space", private=private, commit_message="Upload page and package")
+
+
 def open_repository(
     repo_id: str, *, repo_type: str = "model", private: bool = True, token: str | None = None
 ) -> HfApi:
@@ -133,7 +147,8 @@ def open_repository(
         raise PublishingError("You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN.")
     api = HfApi(token=token)
     _asking(repo_id, lambda: _check_login(api))
-    _asking(repo_id, lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
+    sdk = {"space_sdk": "gradio"} if repo_type == "space" else {}
+    _asking(repo_id, lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, **sdk))
     _asking(repo_id, lambda: api.auth_check(repo_id, repo_type=repo_type, write=True))
     if private and not _asking(repo_id, lambda: api.repo_info(repo_id, repo_type=repo_type)).private:
         raise PublishingError(

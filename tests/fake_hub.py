@@ -56,6 +56,7 @@ class Repository:
     private: bool = False
     commits: dict[str, dict[str, File]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)  # of a Space
 
     def commit(self, branch: str, files: dict[str, File]) -> str:
         parts = [str(len(self.commits)), branch, *(f"{name} {files[name].oid}" for name in sorted(files))]
@@ -148,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         if how in ("", "meanwhile"):
             self._answer(status, content, headers)
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def _is_at(self, place: int | str) -> bool:
         return place in self.path_only if isinstance(place, str) else place == len(self.hub.requests)
@@ -199,6 +200,15 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(401, "", "Invalid user token.")
         access = {"displayName": "test", "role": role}
         return {"type": "user", "name": OWNER, "orgs": [], "auth": {"type": "access_token", "accessToken": access}}
+
+    def variables(self, name: str) -> dict:
+        variables = self._repository("spaces", name, write=True).variables
+        if self.command == "POST":
+            asked = json.loads(self.body)
+            variables[asked["key"]] = asked["value"]
+        elif self.command == "DELETE":
+            variables.pop(json.loads(self.body)["key"])
+        return {key: {"key": key, "value": value} for key, value in variables.items()}
 
     def create(self) -> dict | tuple:
         asked = json.loads(self.body)
@@ -369,6 +379,7 @@ ROUTES = (
     (("POST",), "/api/repos/create", _Handler.create),
     (("POST",), "/api/validate-yaml", _Handler.validate_yaml),
     (("GET",), rf"{_REPOSITORY}/auth-check(/write)?", _Handler.auth_check),
+    (("GET", "POST", "DELETE"), "/api/spaces/([^/]+/[^/]+)/variables", _Handler.variables),
     (("GET",), rf"{_REPOSITORY}/refs", _Handler.refs),
     (("GET",), rf"{_REPOSITORY}/tree/([^/]+)(?:/(.*))?", _Handler.tree),
     (("POST",), rf"{_REPOSITORY}/paths-info/([^/]+)", _Handler.paths_info),

@@ -22,10 +22,11 @@ import nibabel
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 from scans import SHAPE, make_scan, write_series, zip_folder
 
-from hsenet import HSENetProcessor
+from hsenet import HSENetProcessor, read_volume
 from hsenet.encoded_scan import EncodedScan
 from hsenet.index import SearchIndex
 
@@ -85,7 +86,7 @@ class Site:
         settings = {"index": str(index), "index_model": str(index_model), "samples": str(samples)}
         self.assistant = Assistant.load(str(model), max_new_tokens=24, min_new_tokens=24, **settings)
         self.page = app.build_page(self.assistant)
-        _, self.address, _ = app.launch(self.page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+        _, self.address, _ = app.launch(self.page, server_name="127.0.0.1")
         self.assistant.claims_come_within = 0.5
         self.encoded: list[str] = []
         for name in ("global_encoder", "local_encoder", "slice_encoder"):
@@ -285,6 +286,12 @@ def test_an_upload_is_read_and_deleted_and_a_broken_one_refused(visit, site, tmp
     assert visitor.page.locator("#samples input:checked").count() == 0  # so that it can be picked again
     assert "10 × 40 × 36 voxels" in visitor.status("voxels")
     assert site.keeps_no_upload()
+    visitor.page.get_by_role("button", name="Write report").click()
+    visitor.page.wait_for_function("document.querySelector('#report textarea').value.length > 0")
+    visitor.wait_until_silent()
+    assert [visitor.ask(FIRST), visitor.ask(SECOND)] == [
+        site.says(tmp_path / f"{NAME}.nii.gz", question) for question in (FIRST, SECOND)
+    ]
     broken = tmp_path / f"{NAME}_broken.nii.gz"
     broken.write_bytes((tmp_path / f"{NAME}.nii.gz").read_bytes()[:4000])
     visitor.upload(broken)
@@ -423,6 +430,27 @@ def test_limits_are_in_sight(visit):
     assert "not where a finding lies" in visitor.page.locator(".limits").inner_text()
 
 
+@pytest.mark.parametrize(("plane", "rows", "columns"), [("axial", 0, 0), ("coronal", 1, 0), ("sagittal", 1, 0)])
+def test_scores_lie_where_they_belong(site, plane, rows, columns):
+    """The patch where all axes begin, right, anterior, inferior, is in this quarter, in pictures of the first half."""
+    import viewer
+
+    grey = np.linspace(-310.0, -290.0, 16 * 32 * 48).reshape(16, 32, 48)
+    volume = read_volume(grey, spacing=(3.0, 1.5, 1.0), hu_check="warn")
+    scores = torch.zeros(2, 2, 2)
+    scores[0, 0, 0] = 1
+    overlay = viewer.Overlay(scores, [(0.0, float(size)) for size in volume.array.shape])
+    for index in (2, volume.array.shape[viewer.PLANES[plane].axis] - 3):
+        picture = viewer.render(volume, plane, index, (-1000.0, 400.0), overlay, opacity=0.9)
+        hot = np.asarray(picture).astype(int)[..., 0] > 150
+        quarters = np.array(
+            [[half.mean() for half in np.array_split(band, 2, axis=1)] for band in np.array_split(hot, 2)]
+        )
+        expected = np.zeros((2, 2))
+        expected[rows, columns] = index == 2
+        np.testing.assert_allclose(quarters, expected, atol=0.02)
+
+
 # The Space
 
 
@@ -451,20 +479,30 @@ runpy.run_path({str(space / "app.py")!r}, run_name="__main__")
 """
     environment = {**os.environ, "HSENET_MODEL": str(tmp_path / "model"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
+    (tmp_path / "temporary").mkdir()
+    environment["TMPDIR"] = str(tmp_path / "temporary")
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(
             [sys.executable, "-c", program], cwd=tmp_path, env=environment, stdout=log, stderr=log
         )
     try:
         deadline = time.monotonic() + 60
-        while "Running on" not in (tmp_path / "log").read_text():
+        while "The page is at" not in (tmp_path / "log").read_text():
             assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.3)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/config") as answer:
             assert "Phantom 1" in json.dumps(json.load(answer))
+        form = (
+            f'--part\r\nContent-Disposition: form-data; name="files"; filename="{NAME}.nii"\r\n\r\nCT\r\n--part--\r\n'
+        )
+        headers = {"Content-Type": "multipart/form-data; boundary=part"}
+        address = f"http://127.0.0.1:{port}/gradio_api/upload"
+        urllib.request.urlopen(urllib.request.Request(address, form.encode(), headers)).close()
+        assert list((tmp_path / "temporary").rglob(f"{NAME}.nii"))
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(20)
+    assert not list((tmp_path / "temporary").rglob(f"{NAME}*"))  # though nobody opened it
 
 
 def test_a_space_installs_what_the_extra_says():
@@ -483,15 +521,23 @@ def test_a_space_installs_what_the_extra_says():
 
 
 def test_a_space_is_one_private_commit(tmp_path):
+    def deploy(*options: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **hub.environment(tmp_path / "home")}
+        command = [sys.executable, ROOT / "demo" / "deploy.py", *options]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
     with fake_hub.Hub() as hub:
-        environment = {**os.environ, **hub.environment(tmp_path / "home")}
-        command = [sys.executable, ROOT / "demo" / "deploy.py", "someone/demo", "--model", "someone/reports"]
-        for _ in range(2):  # again: it stays one whole
-            run = subprocess.run(command, env=environment, capture_output=True, text=True)
-            assert run.returncode == 0, run.stderr
-        repository = hub.repositories["spaces/someone/demo"]
-    files = set(repository.files())
-    assert repository.private
+        run = deploy("someone/demo", "--model", "someone/reports", "--revision", "0" * 40)
+        assert run.returncode == 0, run.stderr
+        space = hub.repositories["spaces/someone/demo"]
+        assert space.private and len(space.commits) == 2  # the empty one that a repository begins with, and ours
+        assert space.variables == {"HSENET_MODEL": "someone/reports", "HSENET_REVISION": "0" * 40}
+        old = fake_hub.File(b"")
+        space.commit("main", {**space.commits[space.resolve("main")], "old.py": old, "samples/scan.nii.gz": old})
+        assert deploy("someone/demo", "--model", "someone/other").returncode == 0
+        refused = deploy("nobody/demo", "--model", "someone/other")
+    assert space.variables == {"HSENET_MODEL": "someone/other"}
+    files = set(space.files())
     assert {
         "app.py",
         "style.css",
@@ -501,6 +547,8 @@ def test_a_space_is_one_private_commit(tmp_path):
         "modeling_hsenet.py",
     } <= files
     assert not any("__pycache__" in name or name == "deploy.py" for name in files)
+    assert "old.py" not in files and "samples/scan.nii.gz" in files
+    assert refused.returncode == 1 and "does not let you write" in refused.stderr and "Traceback" not in refused.stderr
 
 
 @pytest.mark.parametrize(

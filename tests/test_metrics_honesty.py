@@ -314,7 +314,7 @@ def test_names_from_a_dataset_stay_text_in_a_table():
     hostile = "acc[type=a|b](http://x) <img src=x>\n| 1 |"
     table = results_table([Result("=cmd|'/x'!A1\nmodel", hostile, 0.5, "p/1[`a`|b]")])
     lines = table.splitlines()
-    assert len(lines) == 5 and lines[2].startswith("| =cmd\\|'/x'!A1 model | 0.500")
+    assert len(lines) == 5 and lines[2].startswith("| \\=cmd\\|'/x'!A1 model | 0.500")
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in lines[:3])
     assert "<img" not in table and "](" not in table and "&lt;img" in table
 
