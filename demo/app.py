@@ -6,14 +6,17 @@
 
 As a Space it takes the same settings from variables: HSENET_MODEL, HSENET_REVISION, HSENET_INDEX, HSENET_INDEX_MODEL,
 HSENET_SAMPLES. An upload is deleted within seconds of being read; what is kept of a scan is in memory, one visitor's
-apart from another's, and forgotten after half an hour.
+apart from another's, and forgotten when the page is closed or after half an hour.
 """
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: n
 
 import gradio as gr
 from assistant import Assistant
-from page import build_page
+from page import FORGOTTEN_AFTER, build_page
 
 
-MAX_VISITORS = 20  # whose scans are in memory
+MAX_SESSIONS = 200  # that the server remembers; how many scans, is a question of memory
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,6 +40,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--index_model", default=settings("HSENET_INDEX_MODEL"), help="the model that made the index")
     parser.add_argument("--samples", default=settings("HSENET_SAMPLES"), help="folder of scans that anybody may open")
     parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--memory_gb", type=float, default=8, help="for the scans that are open (default: 8)")
     parser.add_argument("--max_upload", default="1gb", help="largest file (default: 1gb)")
     parser.add_argument("--host", default="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1")
     parser.add_argument("--port", type=int, default=7860)
@@ -64,12 +68,25 @@ def launch(page: gr.Blocks, **settings) -> Any:
         theme=theme,
         css_paths=Path(__file__).parent / "style.css",
         footer_links=[],
-        state_session_capacity=MAX_VISITORS,
+        state_session_capacity=MAX_SESSIONS,
         ssr_mode=False,
         quiet=True,
         prevent_thread_lock=True,
         **settings,
     )
+
+
+def sweep(uploads: Path, older_than: float) -> None:
+    """Deletes what Gradio forgets: uploads whose connection broke, and those of visitors who have left."""
+    for path in uploads.iterdir():
+        if time.time() - path.stat().st_mtime > older_than:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def keep_clean(uploads: Path) -> None:
+    while True:
+        time.sleep(60)
+        sweep(uploads, FORGOTTEN_AFTER)
 
 
 def main() -> None:
@@ -83,8 +100,10 @@ def main() -> None:
             arguments.index,
             arguments.index_model,
             arguments.samples,
+            max_bytes=int(arguments.memory_gb * 2**30),
             max_new_tokens=arguments.max_new_tokens,
         )
+        threading.Thread(target=keep_clean, args=[Path(uploads)], daemon=True).start()
         page = build_page(assistant)
         _, address, _ = launch(
             page, server_name=arguments.host, server_port=arguments.port, max_file_size=arguments.max_upload

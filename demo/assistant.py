@@ -6,8 +6,9 @@ import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,33 @@ class Sample:
     truth: str = ""  # what is known to be in it
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenScan:
-    """One visitor's scan, in memory only."""
+    """One visitor's scan, and what was asked about it; in memory only."""
 
     volume: Volume
     encoded: EncodedScan
     overlay: Overlay | None
     truth: str = ""
+    chat: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Wish:
+    """
+    What a visitor wants to see: a sample, or the folder of an upload; without either the upload is gone.
+
+    Made at once, and fulfilled when the model is free, unless there is a newer one.
+    """
+
+    sample: str | None = None
+    folder: str | None = None
+    is_over: bool = False
+
+    def give_up(self) -> None:
+        self.is_over = True
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)  # it may have been read already
 
 
 class Assistant:
@@ -49,15 +69,19 @@ class Assistant:
         model, processor: see [`~hsenet.encoded_scan.load_generation_model`].
         index ([`~hsenet.index.SearchIndex`], *optional*): where scans like the visitor's are looked for.
         samples (`list[Sample]`): scans to try.
-        generate_kwargs (`dict`, *optional*): of `generate`, such as `max_new_tokens`.
+        max_bytes (`int`): of all open scans together, without which one large file after the other fills the memory.
+        generate_kwargs: of `generate`, such as `max_new_tokens`.
     """
 
     claims_come_within = 5.0  # seconds after an upload
 
-    def __init__(self, model, processor, index=None, samples=(), generate_kwargs: dict[str, Any] | None = None):
+    def __init__(self, model, processor, index=None, samples=(), max_bytes: int = 8 * 2**30, **generate_kwargs):
         self.model, self.processor, self.index = model, processor, index
         self.samples = {sample.name: sample for sample in samples}
-        self.generate_kwargs = generate_kwargs or {}
+        if len(self.samples) < len(samples):
+            raise ValueError("Two samples have the same name: rename one.")
+        self.max_bytes, self.generate_kwargs = max_bytes, generate_kwargs
+        self._open_scans: weakref.WeakSet[OpenScan] = weakref.WeakSet()
 
     @classmethod
     def load(
@@ -67,12 +91,13 @@ class Assistant:
         index: str | None = None,
         index_model: str | None = None,
         samples: str | None = None,
-        **generate_kwargs,
+        **settings,
     ) -> "Assistant":
         """
         Args:
             model, index_model: folders or Hub ids of the model that writes and of the one that made the index.
             samples (`str`, *optional*): folder of scans; phantoms are always there.
+            settings: `max_bytes`, and those of `generate`.
         """
         searched = None
         if index is not None:
@@ -80,29 +105,39 @@ class Assistant:
 
             searched = SearchIndex.load(index, index_model)
         chosen = [*(sample_files(Path(samples)) if samples else ()), *phantoms()]
-        return cls(*load_generation_model(model, revision=revision), searched, chosen, generate_kwargs)
+        return cls(*load_generation_model(model, revision=revision), searched, chosen, **settings)
 
-    def open_sample(self, name: str) -> OpenScan:
-        sample = self.samples[name]
-        return self._open(sample.source(), sample.truth)
+    def fulfil(self, wish: Wish, **read_options) -> OpenScan:
+        """Opens what is wished for; an uploaded file is deleted whether it can be read or not."""
+        if wish.sample is not None:
+            sample = self.samples[wish.sample]
+            return self._open(sample.source(), sample.truth)
+        if wish.folder is None:
+            raise HSENetInputError("The file is no longer on the server. Please upload it again.")
+        try:
+            [file] = Path(wish.folder).iterdir()
+            return self._open(file, **read_options)
+        finally:
+            shutil.rmtree(wish.folder, ignore_errors=True)
 
-    def claim(self, path: str) -> str | None:
+    def claim(self, path: str) -> Wish:
         """
-        Gives an uploaded file to its visitor, in a folder of its own, and returns that; None: it is gone.
+        Gives an uploaded file to its visitor, in a folder of its own.
 
         Gradio keeps equal files of two visitors in one place, so a file is not read there, and deleted only when
         nobody can be about to claim it.
         """
         folder = tempfile.mkdtemp(dir=Path(path).parents[1])
+        wish = Wish(folder=folder)
         try:
             os.link(path, Path(folder, Path(path).name))
         except FileNotFoundError:
-            self.delete_claimed(folder)
-            return None
+            wish.give_up()
+            return Wish()
         timer = threading.Timer(self.claims_come_within, self._delete_upload, [Path(path)])
         timer.daemon = True
         timer.start()
-        return folder
+        return wish
 
     def _delete_upload(self, path: Path) -> None:
         """Not if another visitor has just uploaded it again, who starts a timer of his own."""
@@ -111,21 +146,6 @@ class Assistant:
                 shutil.rmtree(path.parent)
         except FileNotFoundError:
             pass
-
-    def open_claimed(self, folder: str | None, **read_options) -> OpenScan:
-        """Reads a claimed file, and deletes it whether it can be read or not."""
-        if folder is None:
-            raise HSENetInputError("The file is no longer on the server. Please upload it again.")
-        try:
-            [file] = Path(folder).iterdir()
-            return self._open(file, **read_options)
-        finally:
-            self.delete_claimed(folder)
-
-    @staticmethod
-    def delete_claimed(folder: str | None) -> None:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)  # it may have been read already
 
     def report(self, scan: OpenScan) -> Iterator[str]:
         return scan.encoded.stream(REPORT_REQUEST, **self.generate_kwargs)
@@ -139,19 +159,31 @@ class Assistant:
 
     def _open(self, source: Any, truth: str = "", **read_options) -> OpenScan:
         volume, said = read_with_warnings(source, **read_options)
+        held = sum(scan.volume.array.nbytes for scan in self._open_scans)
+        if held + volume.array.nbytes > self.max_bytes:
+            raise HSENetInputError(
+                "The server has no memory for another scan of this size now. Please come again later."
+            )
         encoded = EncodedScan(self.model, self.processor, volume, said)
         overlay = None
         if encoded.patch_scores is not None:
             overlay = Overlay(*self.processor.image_processor.patches_on_scan(volume, encoded.patch_scores))
-        return OpenScan(volume, encoded, overlay, truth)
+        scan = OpenScan(volume, encoded, overlay, truth)
+        self._open_scans.add(scan)
+        return scan
 
 
 def sample_files(folder: Path) -> list[Sample]:
     """Scans of a folder, named as their files are: the host's choice, so no patient's."""
     if not folder.is_dir():
         raise FileNotFoundError("The folder of samples is not there: expected one with NIfTI, NRRD or zip files.")
-    files = [path for path in sorted(folder.iterdir()) if path.name.endswith(SCAN_SUFFIXES)]
-    return [Sample(path.name.split(".")[0], lambda path=path: path) for path in files[:MAX_SAMPLES]]
+    samples = []
+    for path in sorted(folder.iterdir()):
+        if suffix := next((suffix for suffix in SCAN_SUFFIXES if path.name.lower().endswith(suffix)), None):
+            samples.append(Sample(path.name[: -len(suffix)], lambda path=path: path))
+    if len(samples) > MAX_SAMPLES:
+        raise ValueError(f"The folder of samples has {len(samples)} scans: expected {MAX_SAMPLES} or fewer.")
+    return samples
 
 
 def phantoms() -> list[Sample]:

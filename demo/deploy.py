@@ -18,16 +18,20 @@ from hsenet.publishing import publish_space
 
 
 ROOT = Path(__file__).parents[1]
-OURS = ("*.py", "*.css", *(f"hsenet/{'*/' * depth}*" for depth in range(4)))  # deleted there when gone here
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "deploy.py")
+PAGE = ("*.py", "style.css", "README.md", "requirements.txt")
+PACKAGE = ("hsenet/**/*.py", "hsenet/templates/*.md")
+OURS = ("*.py", *(f"hsenet/{'*/' * depth}*" for depth in range(4)))  # deleted there when gone here
 
 
 def collect(folder: Path) -> None:
-    """All files of the Space, into a new folder."""
-    shutil.copytree(ROOT / "demo", folder, ignore=LEFT_OUT)
-    shutil.copytree(ROOT / "hsenet", folder / "hsenet", ignore=LEFT_OUT)
-    for path in [*ROOT.glob("*_hsenet.py"), ROOT / "LICENSE", ROOT / "NOTICE.md"]:
-        shutil.copy(path, folder)
+    """All files of the Space, into a new folder; nothing else that may lie beside them."""
+    paths = [path for pattern in PAGE for path in (ROOT / "demo").glob(pattern) if path.name != "deploy.py"]
+    targets = {path: path.name for path in [*paths, *ROOT.glob("*_hsenet.py"), ROOT / "LICENSE", ROOT / "NOTICE.md"]}
+    for pattern in PACKAGE:
+        targets |= {path: path.relative_to(ROOT) for path in ROOT.glob(pattern)}
+    for path, target in targets.items():
+        (folder / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / target)
 
 
 def deploy(repo_id: str, model: str, revision: str | None, private: bool) -> str:

@@ -3,17 +3,18 @@
 
 import html
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
-from assistant import Assistant, OpenScan
+from assistant import Assistant, OpenScan, Wish
 from viewer import PLANES, figure, render
 
 from hsenet import HSENetInputError
 
 
 EMPTY = '<figure class="slice empty"><span>{}</span></figure>'
+MAX_SCAN_BYTES = 2**30
 log = logging.getLogger("hsenet.demo")
 
 
@@ -35,21 +36,27 @@ def draw_slice(
     return figure(picture, scan.volume, plane, index, window)
 
 
-def show_scan(
+def open_scan(assistant: Assistant, wish: Wish, **read_options) -> tuple[OpenScan | None, str]:
+    """What is wished for, or `None`, and what is said of it; whatever happens, no scan is taken for another."""
+    try:
+        scan = assistant.fulfil(wish, **read_options)
+    except (HSENetInputError, ValueError) as error:
+        return None, _alert("This scan is refused.", str(error))
+    except Exception as error:
+        log.error("a scan could not be opened: %s", type(error).__name__)  # its words may hold a name
+        return None, _alert("This scan could not be opened.", "")
+    return scan, _notes(scan)
+
+
+def whole_page(
     windows: dict[str, tuple[float, float]],
-    open_scan: Callable[[], OpenScan],
+    scan: OpenScan | None,
+    said: str,
     window: str,
     overlay: bool,
     opacity: float,
 ) -> list[Any]:
-    """Opens a scan and gives the whole page anew; what cannot be read leaves nothing of the scan before."""
-    try:
-        scan = open_scan()
-        said = _notes(scan)
-    except (HSENetInputError, OSError, ValueError) as error:
-        scan, said = None, _alert("This scan is refused.", str(error) if isinstance(error, ValueError) else "")
-        if not isinstance(error, ValueError):
-            log.error("a scan could not be opened: %s", type(error).__name__)  # its words may hold a name
+    """All that the page shows of a scan, anew; without one, nothing is left to look at or to press."""
     ready = gr.update(interactive=scan is not None)
     has_scores = scan is not None and scan.overlay is not None
     sliders, figures = [], []
@@ -60,35 +67,45 @@ def show_scan(
         figures.append(draw_slice(windows, plane, middle, scan, window, overlay and has_scores, opacity))
     truth = scan.truth if scan else ""
     texts = ["", gr.update(value=truth, visible=bool(truth)), [], ""]
-    controls = [gr.update(interactive=has_scores, value=overlay and has_scores), ready, ready, ready]
+    # The overlay's choice outlives the moment without a scan.
+    controls = [gr.update(interactive=has_scores), ready, ready, ready]
     return [scan, said, *controls, *texts, *sliders, *figures]
 
 
 def write_report(assistant: Assistant, scan: OpenScan | None) -> Iterator[str]:
     text = ""
-    for piece in assistant.report(scan) if scan else ():
+    for piece in assistant.report(_remembered(scan)):
         text += piece
         yield text
 
 
-def ask(assistant: Assistant, scan: OpenScan | None, question: str, chat: list[dict]) -> Iterator[tuple[str, list]]:
-    if scan is None or not (question and question.strip()):
-        yield question, chat
+def ask(assistant: Assistant, scan: OpenScan | None, question: str | None) -> Iterator[tuple[str, list]]:
+    """The chat is the scan's, not the browser's: it cannot come under another scan."""
+    chat = _remembered(scan).chat
+    if not (question and question.strip()):
+        yield "", chat
         return
-    chat = [*chat, {"role": "user", "content": question}]
+    answer = {"role": "assistant", "content": ""}
+    chat += [{"role": "user", "content": html.escape(question)}, answer]
     text = ""
     try:
         for piece in assistant.answer(scan, question):
             text += piece
-            yield "", [*chat, {"role": "assistant", "content": text}]
+            answer["content"] = html.escape(text)
+            yield "", chat
     except ValueError as error:  # what is wrong with the question
-        yield "", [*chat, {"role": "assistant", "content": f"Not asked. {error}"}]
+        answer["content"] = html.escape(f"Not asked. {error}")
+        yield "", chat
+
+
+def _remembered(scan: OpenScan | None) -> OpenScan:
+    if scan is None:
+        raise gr.Error("This scan is no longer in the server's memory. Please open it again.", print_exception=False)
+    return scan
 
 
 def find_nearest(assistant: Assistant, scan: OpenScan | None) -> str:
-    if scan is None:
-        return ""
-    result = assistant.nearest(scan)
+    result = assistant.nearest(_remembered(scan))
     rows = []
     for hit in result.hits:
         about = ", ".join(str(part) for part in (hit.sex, hit.age and f"{hit.age} years") if part)
@@ -106,7 +123,7 @@ def find_nearest(assistant: Assistant, scan: OpenScan | None) -> str:
 
 
 def read_options(series: str | None, resample: bool) -> dict[str, Any]:
-    options: dict[str, Any] = {"resample": True} if resample else {}
+    options: dict[str, Any] = {"max_bytes": MAX_SCAN_BYTES, **({"resample": True} if resample else {})}
     if series and series.strip():  # an untouched field may hold nothing at all
         options["series"] = int(series) if series.strip().isdigit() else series.strip()
     return options

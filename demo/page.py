@@ -6,14 +6,15 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
-from assistant import Assistant
-from handlers import EMPTY, ask, draw_slice, find_nearest, read_options, show_scan, write_report
+from assistant import Assistant, Wish
+from handlers import EMPTY, ask, draw_slice, find_nearest, open_scan, read_options, whole_page, write_report
 from viewer import PLANES, WINDOWS
 
 from hsenet.encoded_scan import MAX_QUESTION_CHARACTERS
 
 
 FORGOTTEN_AFTER = 30 * 60  # seconds
+OPENING = '<div class="facts" role="status"><p>Opening the scan.</p></div>'
 HEADER = """
 <header><h1>HSENet</h1><p>3D chest CT: report, questions, similar scans</p>
 <p class="notice" role="note"><b>Research only. Not a medical device.</b> Texts are written by a model and are often
@@ -81,6 +82,12 @@ def build_page(assistant: Assistant) -> gr.Blocks:
         _connect_viewer(viewer, scan, windows)
         running = _connect_texts(texts, scan, assistant)
         _connect_opening(opening, viewer, texts, scan, assistant, windows, running)
+
+        def forget(request: gr.Request) -> None:
+            """Of a tab that is closed; Gradio itself would keep the scan for an hour."""
+            page.state_holder.delete_state(request.session_hash)
+
+        page.unload(forget)
     return page
 
 
@@ -165,7 +172,7 @@ def _connect_viewer(viewer: Viewer, scan: gr.State, windows: dict[str, tuple[flo
 def _connect_texts(texts: Texts, scan: gr.State, assistant: Assistant) -> list[Any]:
     """The events that run the model, which what comes next may end."""
     writing = texts.write.click(partial(write_report, assistant), scan, texts.report, **ON_THE_MODEL)
-    asked = [scan, texts.question, texts.chat]
+    asked = [scan, texts.question]
     asking = texts.question.submit(partial(ask, assistant), asked, [texts.question, texts.chat], **ON_THE_MODEL)
     finding = texts.find.click(partial(find_nearest, assistant), scan, texts.nearest, **ON_THE_MODEL)
     texts.stop.click(None, cancels=[writing, asking], api_visibility="private")
@@ -181,26 +188,48 @@ def _connect_opening(
     windows: dict[str, tuple[float, float]],
     running: list[Any],
 ) -> None:
-    """A new scan ends whatever is still being said about the one before, and fills the page anew."""
+    """
+    In two steps. At once, whoever has the model: the page is emptied, and what is being said of the scan before is
+    ended, so that nothing of it can be taken for the new one. When the model is free: the newest wish is fulfilled.
+    """
     shown = [scan, opening.status, viewer.overlay, texts.write, texts.question, texts.find]
     shown += [texts.report, texts.truth, texts.chat, texts.nearest]
     shown += [*viewer.sliders.values(), *viewer.pictures.values()]
     settings = [viewer.window, viewer.overlay, viewer.opacity]
-    claimed = gr.State(None, time_to_live=FORGOTTEN_AFTER, delete_callback=assistant.delete_claimed)
+    wish = gr.State(None, time_to_live=FORGOTTEN_AFTER, delete_callback=_give_up)
 
-    def open_upload(folder, series, resample, *settings) -> list[Any]:
-        return show_scan(windows, lambda: assistant.open_claimed(folder, **read_options(series, resample)), *settings)
+    def choose_upload(path, before, *settings) -> list[Any]:
+        _give_up(before)
+        return [assistant.claim(path), None, None, *whole_page(windows, None, OPENING, *settings)]
 
-    def open_sample(name, *settings) -> list[Any]:
-        return show_scan(windows, lambda: assistant.open_sample(name), *settings)
+    def choose_sample(name, before, *settings) -> list[Any]:
+        _give_up(before)
+        return [Wish(sample=name), *whole_page(windows, None, OPENING, *settings)]
 
-    # Claimed at once and read when the model is free: meanwhile another visitor may upload the same file.
-    opening.upload.upload(
-        lambda path: (assistant.claim(path), None, None),
-        opening.upload,
-        [claimed, opening.upload, opening.samples],
-        cancels=running,
-        queue=False,
-        api_visibility="private",
-    ).then(open_upload, [claimed, opening.series, opening.resample, *settings], shown, **ON_THE_MODEL)
-    opening.samples.input(open_sample, [opening.samples, *settings], shown, cancels=running, **ON_THE_MODEL)
+    def fulfil(wish, series, resample, *settings) -> list[Any]:
+        if wish is None or wish.is_over:
+            return [gr.skip()] * len(shown)
+        opened, said = open_scan(assistant, wish, **read_options(series, resample))
+        if wish.is_over:  # another was made meanwhile
+            return [gr.skip()] * len(shown)
+        wish.is_over = True
+        return whole_page(windows, opened, said, *settings)
+
+    at_once = {"cancels": running, "queue": False, "trigger_mode": "multiple", "api_visibility": "private"}
+    chosen = [
+        opening.upload.upload(
+            choose_upload,
+            [opening.upload, wish, *settings],
+            [wish, opening.upload, opening.samples, *shown],
+            **at_once,
+        ),
+        opening.samples.input(choose_sample, [opening.samples, wish, *settings], [wish, *shown], **at_once),
+    ]
+    for choice in chosen:
+        read_with = [opening.series, opening.resample]
+        choice.then(fulfil, [wish, *read_with, *settings], shown, trigger_mode="always_last", **ON_THE_MODEL)
+
+
+def _give_up(wish: Wish | None) -> None:
+    if wish is not None:
+        wish.give_up()

@@ -32,7 +32,8 @@ PLANES = {
 }
 WINDOWS = {"Lung": (-1350.0, 150.0), "Soft tissue": (-160.0, 240.0), "Bone": (-500.0, 1300.0)}  # lowest, highest HU
 LONGEST_SIDE = 512  # pixels
-WORLD = {"axial": 2, "coronal": 1, "sagittal": 0}  # coordinate of RAS+ millimetres that changes across the plane
+# Coordinate of RAS+ millimetres that changes across the plane, and the letters of its two directions.
+WORLD = {"axial": (2, "S", "I"), "coronal": (1, "A", "P"), "sagittal": (0, "R", "L")}
 COLOURS = (matplotlib.colormaps["inferno"](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8)
 
 
@@ -82,7 +83,7 @@ def figure(picture: Image.Image, volume: Volume, plane: str, index: int, window_
         for edge in ("left", "right", "top", "bottom")
     )
     count = volume.array.shape[PLANES[plane].axis]
-    place = f"{index + 1} / {count} · {position(volume, plane, index):+.1f} mm"
+    place = f"{index + 1} / {count} · {position(volume, plane, index)}"
     what = html.escape(f"{plane.capitalize()} slice {index + 1} of {count}, window {window_name}")
     return (
         f'<figure class="slice"><img src="data:image/webp;base64,{source}" alt="{what}">{letters}'
@@ -90,11 +91,13 @@ def figure(picture: Image.Image, volume: Volume, plane: str, index: int, window_
     )
 
 
-def position(volume: Volume, plane: str, index: int) -> float:
-    """Where the slice lies, at its centre: millimetres to the right-left, posterior-anterior or inferior-superior."""
+def position(volume: Volume, plane: str, index: int) -> str:
+    """Where the centre of the slice lies, from the scanner's origin: a letter and millimetres, as viewers have it."""
     centre = [(size - 1) / 2 for size in volume.array.shape]
     centre[PLANES[plane].axis] = index
-    return float((volume.affine @ [*centre, 1])[WORLD[plane]])
+    coordinate, positive, negative = WORLD[plane]
+    millimetres = float((volume.affine @ [*centre, 1])[coordinate])
+    return f"{positive if millimetres >= 0 else negative} {abs(millimetres):.1f} mm"
 
 
 def _across(array: Any, plane: str, index: int) -> Any:

@@ -183,9 +183,9 @@ class EncodedScan:
         writer.start()
         try:
             yield from _stripped(streamer)
-        finally:
+        finally:  # whoever leaves the loop does not wait for the token that is being computed
             stop.requested.set()
-            writer.join()
+        writer.join()
         if failures:
             raise failures[0]
 
