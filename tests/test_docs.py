@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import os
 import re
 import runpy
 import shutil
@@ -271,3 +272,15 @@ def test_what_no_message_says_is_found():
     texts = [f"The file is {FILLED_IN} bytes and would unzip to {FILLED_IN}."]
     assert says(texts, "The file is ... bytes and would")
     assert not says(texts, "The file is not bytes and would") and not says(texts, "would unzip to ... bytes")
+
+
+@pytest.mark.slow
+def test_docstrings_render(tmp_path):
+    """Warnings of pdoc are errors of the program."""
+    pytest.importorskip("pdoc")
+    command = [sys.executable, ROOT / "docs" / "render.py", tmp_path / "pages"]
+    run = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "HSENetForConditionalGeneration" in (tmp_path / "pages" / "modeling_hsenet.html").read_text()
