@@ -86,6 +86,9 @@ class TrainingArguments:
         default=0, metadata={"help": "End after so many evaluations without a better metric; 0: never."}
     )
     early_stopping_threshold: float = field(default=0.0, metadata={"help": "What counts as better than before."})
+    max_shard_size: str = field(
+        default="5GB", metadata={"help": "The trained model's weights are saved in files of at most this size."}
+    )
     report_to: list[str] = field(default_factory=list, metadata={"help": "tensorboard, wandb, ..."})
     push_to_hub: str | None = field(
         default=None, metadata={"help": "OWNER/NAME on the Hub to upload the trained model to, at the end."}

@@ -18,6 +18,7 @@ from hsenet.card_texts import INTENDED, WHAT, converted_from, limitations, train
 from hsenet.card_usage import TEMPLATES, usage
 from hsenet.evaluation_card import Evaluation, read_evaluation
 from hsenet.fingerprint import FILE as FINGERPRINT
+from hsenet.fingerprint import fingerprint_problem
 from hsenet.metrics.table import plain_table
 from hsenet.model_facts import (
     Kind,
@@ -91,7 +92,7 @@ def model_card(folder: str | Path, *, repo_id: str | None = None, evaluation: st
         training=_training(folder, run, conversion),
         evaluation=said,
         limitations=limitations(kind, config, record),
-        fingerprint=_fingerprint(folder),
+        fingerprint=_fingerprint(folder, hashes),
         files=plain_table(("file", "SHA-256"), list(hashes.items())),
         repo_id=repo_id,
     )
@@ -132,8 +133,12 @@ def _evaluation(found: Evaluation | None, old: ModelCard | None, weights: str) -
 
 
 def _weights_hash(hashes: dict[str, str]) -> str:
-    names = [f"{name} {sha}" for name, sha in hashes.items() if name.endswith(".safetensors")]
+    names = [f"{name} {sha}" for name, sha in _weights(hashes).items()]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def _weights(hashes: dict[str, str]) -> dict[str, str]:
+    return {name: sha for name, sha in hashes.items() if name.endswith(".safetensors")}
 
 
 def _architecture(folder: Path, config: PreTrainedConfig | None) -> str:
@@ -173,10 +178,12 @@ def _training(folder: Path, run: Path | None, conversion: dict | None) -> str:
     return "## Training\n\nUnknown: there is no record of a run beside the weights."
 
 
-def _fingerprint(folder: Path) -> str:
+def _fingerprint(folder: Path, hashes: dict[str, str]) -> str:
     stored = read_json(folder / FINGERPRINT)
     if stored is None:
         return "No fingerprint is stored; `hsenet fingerprint DIR` makes one."
+    if problem := fingerprint_problem(stored, _weights(hashes)):
+        return f"The fingerprint that is stored {problem}; `hsenet fingerprint DIR` makes another."
     return (
         f"Fingerprint of what it computes: `{stored['hash']}`; `hsenet fingerprint DIR --check` compares it with what "
         "the installed libraries compute."

@@ -29,6 +29,7 @@ FREE = {
     "save_steps",
     "save_total_limit",
     "resume",
+    "max_shard_size",
     "report_to",
     "push_to_hub",
     "hub_private",

@@ -3,7 +3,8 @@
 
 The model runs in float32 on one synthetic input that needs no random numbers. A few numbers of each output are rounded
 and hashed. They are stored beside the weights with the hash: the check compares the numbers themselves, within a
-tolerance, because a number on the edge between two roundings may change the hash without meaning anything.
+tolerance, because a number on the edge between two roundings may change the hash without meaning anything. Beside them
+stands which weights they are of, so that a fingerprint that was left behind by others is not taken for theirs.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import torch
 import transformers
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+from hsenet.digests import file_sha256
 from hsenet.folder_or_hub import check_model_folder
 
 
@@ -49,10 +51,30 @@ def fingerprint_folder(folder: str | Path) -> dict:
 
 
 def store_fingerprint(folder: str | Path) -> dict:
-    """Computes the fingerprint and writes it beside the weights."""
-    result = fingerprint_folder(folder)
+    """Computes the fingerprint and writes it beside the weights, with the SHA-256 of each of their files."""
+    result = {**fingerprint_folder(folder), "weights": weight_hashes(folder)}
     (Path(folder) / FILE).write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def weight_hashes(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of each file of weights in the folder, not of those in its folders."""
+    return {path.name: file_sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def fingerprint_problem(stored: dict, weights: dict[str, str]) -> str | None:
+    """
+    Why a stored fingerprint is not to be believed, if it isn't; nothing is computed.
+
+    Args:
+        stored: content of `fingerprint.json`.
+        weights: what [`weight_hashes`] says of the weights that it should be of.
+    """
+    if "weights" not in stored:
+        return "does not say of which weights it is (an earlier version stored it)"
+    if any(weights.get(name) != sha for name, sha in stored["weights"].items()):
+        return "is of other weights than those beside it"
+    return None
 
 
 def check_fingerprint(folder: str | Path) -> dict:

@@ -17,6 +17,8 @@ from hsenet.card_marks import put_sections, sections_of
 from hsenet.cards import write_model_card
 from hsenet.confidential import Confidential
 from hsenet.dataset_usage import SECTION, loading_section
+from hsenet.fingerprint import FILE as FINGERPRINT
+from hsenet.fingerprint import fingerprint_problem, weight_hashes
 from hsenet.model_folder import CARD, MODEL_FILES, matches, model_problems
 from hsenet.run_record import publishable
 
@@ -79,6 +81,7 @@ def model_publication(
         publication.files |= _evaluation_files(Path(evaluation))
     known = Confidential.around(folder, repo_id.split("/"), map(Path, identifiers))
     _refuse_leaks(publication.files, known)
+    _refuse_other_fingerprint(folder)
     publication.files[CARD] = _card(publication, repo_id, evaluation)
     _refuse_leaks({CARD: publication.files[CARD]}, known)
     return publication
@@ -167,6 +170,18 @@ def _evaluation_files(folder: Path) -> dict[str, Path | bytes]:
         )
     metrics = publishable(json.loads((folder / "metrics.json").read_text()))
     return {"metrics.json": json.dumps(metrics, indent=2).encode(), "table.md": folder / "table.md"}
+
+
+def _refuse_other_fingerprint(folder: Path) -> None:
+    """One that does not say whose it is goes: the card says so."""
+    if not (folder / FINGERPRINT).exists():
+        return
+    stored = json.loads((folder / FINGERPRINT).read_text())
+    if "weights" in stored and (problem := fingerprint_problem(stored, weight_hashes(folder))):
+        raise PublishingError(
+            f"The stored fingerprint {problem}, so nothing was uploaded: store it anew with `hsenet fingerprint DIR` "
+            f"if you trust the weights, or delete {FINGERPRINT}."
+        )
 
 
 def _refuse(problems: list[str], what: str) -> None:

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from hsenet.digests import model_digest
-from hsenet.fingerprint import FILE as FINGERPRINT
 
 
 RESEARCH_ONLY = "Research only, not a medical device"
@@ -37,20 +36,14 @@ def public_id(source: str) -> str:
 
 def model_identity(source: str, model: PreTrainedModel, revision: str | None = None) -> dict[str, Any]:
     """
-    Which model it was: of a Hub id the commit it was loaded from, of a folder its name and what tells its weights from
-    others.
-
-    The stored fingerprint, where there is one, spares the hash of all weights.
+    Which model it was: of a Hub id the commit it was loaded from, of a folder its name and the hash of all weights as
+    they were loaded. What is stored in a folder may be of other weights, so nothing of it is repeated.
     """
-    folder = Path(source)
-    if not folder.is_dir():
+    if not Path(source).is_dir():
         # The cache knows which commit a branch was; its folders are called after commits.
         cached = try_to_load_from_cache(source, CONFIG_NAME, revision=revision)
         return {"id": source, "revision": Path(cached).parent.name if isinstance(cached, str) else None}
-    identity = {"id": public_id(source), "revision": None}
-    if (stored := folder / FINGERPRINT).exists():
-        return {**identity, "fingerprint": json.loads(stored.read_text())["hash"]}
-    return {**identity, "weights_sha256": model_digest(model)}
+    return {"id": public_id(source), "revision": None, "weights_sha256": model_digest(model)}
 
 
 def library_versions() -> dict[str, str | None]:

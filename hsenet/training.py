@@ -29,7 +29,7 @@ from hsenet.continuation import describe_other_layout, kept_settings, refuse_oth
 from hsenet.data import VolumeRows
 from hsenet.interruption import Interrupted, Interruption, leave_signals_to_parent
 from hsenet.progress import Progress
-from hsenet.publishing import PublishingError, open_repository, push_model
+from hsenet.publishing import open_repository
 from hsenet.run_record import RunLog, begin_record, data_fingerprint, end_record, publishable, write_curves
 from hsenet.sharding import WholeModel, refuse_deepspeed
 from hsenet.sources import sources_of
@@ -72,26 +72,6 @@ def start(arguments: TrainingArguments, **settings: Any) -> Accelerator:
         )
     accelerator.init_trackers(Path(arguments.output_dir).name)
     return accelerator
-
-
-def push_trained(accelerator: Accelerator, arguments: TrainingArguments) -> None:
-    """
-    Uploads what the output directory holds, if the run was told to; to be called when all is saved.
-
-    Raises:
-        [`PublishingError`]: it was not uploaded. The message says how to try again without training.
-    """
-    if arguments.push_to_hub is None or not accelerator.is_main_process:
-        return
-    try:
-        commit = push_model(arguments.output_dir, arguments.push_to_hub, private=arguments.hub_private)
-    except PublishingError as error:
-        public = "" if arguments.hub_private else " --public"
-        raise PublishingError(
-            f"The trained model is saved, but not uploaded. {error} To try again without training: "
-            f"hsenet push {arguments.output_dir} {arguments.push_to_hub}{public}"
-        ) from error
-    print(f"Uploaded: {commit.commit_url}")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

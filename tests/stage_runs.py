@@ -105,4 +105,6 @@ def train(stage: str, folder: Path, output: str, **settings) -> tuple[list[float
     finally:
         sys.argv = arguments
     logged = [json.loads(line) for line in (folder / output / "log.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in logged if "loss" in row], load_file(folder / output / "model.safetensors")
+    shards = map(load_file, (folder / output).glob("model*.safetensors"))
+    weights = {name: tensor for shard in shards for name, tensor in shard.items()}
+    return [row["loss"] for row in logged if "loss" in row], weights

@@ -174,7 +174,7 @@ def test_evaluation_stays_with_its_weights(runs, tmp_path):
     write_model_card(folder, evaluation=runs / "evaluation")
     first = (folder / "README.md").read_text()
     write_model_card(folder)
-    assert (folder / "README.md").read_text() == first
+    assert (folder / "README.md").read_text() == first and "Fingerprint of what it computes" in first
     tensors = load_file(folder / "model.safetensors")
     tensors["visual_projection.weight"] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -182,6 +182,8 @@ def test_evaluation_stays_with_its_weights(runs, tmp_path):
         write_model_card(folder, evaluation=runs / "evaluation")
     write_model_card(folder)
     assert card_of(folder).data.eval_results is None and "None of these weights is on record" in card_of(folder).text
+    assert "fingerprint that is stored is of other weights" in card_of(folder).text
+    assert json.loads((folder / "fingerprint.json").read_text())["hash"] not in card_of(folder).text
     with pytest.raises(FileNotFoundError, match="no metrics.json"):
         write_model_card(folder, evaluation=tmp_path)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from scans import NAME, SPACING, write_nifti, write_series, zip_folder
 from transformers import AutoModel, AutoProcessor
 
+from hsenet.digests import model_digest
 from hsenet.encoded_scan import EncodedScan, load_generation_model
 from hsenet_command import COMMANDS, main
 
@@ -413,6 +414,20 @@ def test_doctor_finds_damaged_weights(model, damage, tmp_path, capsys):
     expected = {"cut": "not a whole safetensors file", "numbers": "damaged"}
     assert expected.get(damage, "norm.weight") in out and "PROBLEM" in out and "->" in out
     assert out.endswith("1 problem found\n")
+
+
+def test_a_manifest_repeats_no_fingerprint_of_other_weights(model, scans, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    assert main(["fingerprint", str(folder)]) == 0
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] *= 1.01
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(["report", str(folder), str(scans["nifti"]), *SHORT, "--json"]) == 0
+    [found] = lines(capsys.readouterr().out)
+    sha256 = model_digest(AutoModel.from_pretrained(folder))
+    assert found["model"] == {"id": "model", "revision": None, "weights_sha256": sha256}
 
 
 def test_doctor_compares_with_the_fingerprint(model, tmp_path, capsys):

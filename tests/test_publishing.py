@@ -451,6 +451,19 @@ def test_incomplete_folders(breaking, words, hub, clients, folders, tmp_path):
     assert hub.requests == []
 
 
+def test_a_fingerprint_of_other_weights(hub, clients, folders, tmp_path):
+    folder = Path(shutil.copytree(folders["first"], tmp_path / "model"))
+    path, file = sorted(folder.glob("model-*.safetensors"))[0], folder / "fingerprint.json"
+    stored = json.loads(file.read_text())
+    save_file({name: 1.5 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    said = refusal(clients, folder, "someone/stale")
+    assert "fingerprint is of other weights" in said and "`hsenet fingerprint DIR`" in said and hub.requests == []
+    file.write_text(json.dumps({name: value for name, value in stored.items() if name != "weights"}))
+    push(clients, folder, "someone/stale")
+    card = hub.repositories["models/someone/stale"].files()["README.md"].decode()
+    assert "does not say of which weights it is" in card and stored["hash"] not in card
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -604,14 +617,18 @@ def train(clients: Clients, stage: str, folder: Path, output: str, **settings):
 
 
 def test_training_ends_on_the_hub(hub, clients, parts):
-    done = train(clients, "stage3", parts, "trained", push_to_hub="someone/trained")
+    done = train(clients, "stage3", parts, "trained", push_to_hub="someone/trained", max_shard_size="200KB")
     assert done.returncode == 0, done.stderr[-3000:]
     repository = hub.repositories["models/someone/trained"]
     files = repository.files()
     assert repository.private and repository.branches["main"] in done.stdout
-    assert {"run_config.yaml", "log.jsonl", "curves.png", "README.md", "chat_template.jinja"} <= set(files)
+    expected = {"run_config.yaml", "log.jsonl", "curves.png", "README.md", "chat_template.jinja", "fingerprint.json"}
+    assert expected <= set(files)
+    assert json.loads(files["fingerprint.json"])["hash"] in files["README.md"].decode()
     assert not [name for name in files if name.startswith(("adapter/", "checkpoints/"))]
-    assert files["model.safetensors"] == (parts / "trained/model.safetensors").read_bytes()
+    for name in [name for name in files if name.endswith(".safetensors")]:
+        assert files[name] == (parts / "trained" / name).read_bytes()
+    assert sum(name.startswith("model-00") for name in files) > 3
 
 
 def test_a_failed_upload_loses_no_training(hub, clients, parts):

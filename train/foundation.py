@@ -125,7 +125,7 @@ def train_text_encoder(
     loader = DataLoader(rows, training.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     part = part_of_run(training, "text_encoder", max_steps=arguments.text_steps)
     model = train(run, FindingsMatcher(config), loader, compute_loss, lambda model: {}, part)
-    model.encoder.save_pretrained(part.output_dir)
+    model.encoder.save_pretrained(part.output_dir, max_shard_size=training.max_shard_size)
     tokenizer.save_pretrained(part.output_dir)
     write_model_card(part.output_dir)
 
@@ -167,7 +167,7 @@ def train_slice_encoder(
     part = part_of_run(training, "slice_encoder", max_steps=arguments.slice_steps, batch_size=batch_size)
     model = SliceLabeller(config, num_labels=len(rows[0]["labels"]))
     model = train(run, model, loader, compute_loss, lambda model: {}, part)
-    model.encoder.save_pretrained(part.output_dir)
+    model.encoder.save_pretrained(part.output_dir, max_shard_size=training.max_shard_size)
     write_model_card(part.output_dir)
 
 
@@ -241,7 +241,7 @@ def train_language_model(
     changes = {"max_steps": arguments.language_steps, "learning_rate": arguments.language_learning_rate}
     part = part_of_run(training, "language_model", batch_size=batch_size, **changes)
     model = train(run, Phi3ForCausalLM(config), loader, _language_loss, lambda model: {}, part)
-    model.save_pretrained(part.output_dir)
+    model.save_pretrained(part.output_dir, max_shard_size=training.max_shard_size)
     tokenizer.save_pretrained(part.output_dir)
     write_model_card(part.output_dir)
 

@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from configuration_hsenet import HSENetCLIPConfig
 from hsenet.arguments import DataArguments, TrainingArguments, parse_arguments
 from hsenet.augmentation import VolumeAugmentation
-from hsenet.cards import write_model_card
 from hsenet.collators import ContrastiveCollator
 from hsenet.contrastive import ContrastiveArguments, ContrastiveObjective
 from hsenet.data import VolumeRows, add_report_texts, load_rows, one_per_study
 from hsenet.evaluation import evaluate_retrieval
 from hsenet.report_augmentation import ReportAugmentation
-from hsenet.training import push_trained, start, train
+from hsenet.trained_model import push_trained, save_trained
+from hsenet.training import start, train
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel
 from processing_hsenet import HSENetImageProcessor, HSENetProcessor
@@ -115,9 +115,7 @@ def main(
     objective = ContrastiveObjective(accelerator, contrastive)
     model = train(accelerator, model, loader, objective, evaluate, training)
     if accelerator.is_main_process:
-        model.save_pretrained(training.output_dir)
-        HSENetProcessor(image_processor, tokenizer).save_pretrained(training.output_dir)
-        write_model_card(training.output_dir, repo_id=training.push_to_hub)
+        save_trained(model, HSENetProcessor(image_processor, tokenizer), training)
     accelerator.end_training()
     push_trained(accelerator, training)
 

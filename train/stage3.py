@@ -29,7 +29,8 @@ from hsenet.evaluation import evaluate_language_loss
 from hsenet.frozen_features import cache_patch_features
 from hsenet.language_model import LanguageModelArguments, load_language_model
 from hsenet.report_prompts import REPORT_PROMPTS
-from hsenet.training import push_trained, start, train
+from hsenet.trained_model import push_trained, save_trained
+from hsenet.training import start, train
 from hsenet.volume_cache import cache_volumes
 from modeling_hsenet import HSENetCLIPModel, HSENetForConditionalGeneration
 from processing_hsenet import HSENetProcessor
@@ -244,9 +245,7 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     if accelerator.is_main_process:
         adapter = Path(training.output_dir) / "adapter"
         model.save_pretrained(adapter)
-        merged(model, adapter, assembled).save_pretrained(training.output_dir)
-        processor.save_pretrained(training.output_dir)
-        write_model_card(training.output_dir, repo_id=training.push_to_hub)
+        save_trained(merged(model, adapter, assembled), processor, training)
         write_model_card(adapter)
     accelerator.end_training()
     push_trained(accelerator, training)
