@@ -35,15 +35,18 @@ SCAN, HEADER = "the name of a scan's file", "words in the header of a scan"
 # Tokens that look like words and paths stand in every vocabulary.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 _ROOTS = (
-    "afs|cluster|content|data|dbfs|export|gpfs|home|kaggle|lustre|media|mnt|net|nfs|opt|private|projects?|raid|root|"
-    "scratch|shared?|srv|storage|tmp|u|users|var|vol|volumes|work|workspace"
+    "afs|beegfs|ceph(?:fs)?|cluster|content|data|dbfs|efs|export|filer|fsx|glusterfs|gpfs|hdd|home|hpc|isilon|kaggle|"
+    "l?scratch|lustre|media|mnt|mount|nas|net|netapp|nfs|nvme|opt|panfs|private|projects?|raid|root|san|shared?|srv|ssd|"
+    "storage|tmp|u|users?|var|vol|volumes|weka|work(?:dir|space)?"
 )
 _SAYS_PATH = re.compile(
     rf"(?<![\w./:~-])/(?:{_ROOTS})\d*/[\w.~]|file://|(?<![\w/])~/[\w.]"
+    r"|(?<![\w./:~-])//[\w.-]+/[\w.~]"  # a share; the slashes of a URL stand after a colon
+    r"|(?<![\w\\])(?:\\{2}[\w.$-]{2,}\\|\\{4}[\w.$-]{2,}\\{2})[\w.$]"  # the same on Windows, and in JSON
     r"|(?<![a-z])[a-z]:\\{1,2}(?:users|documents|home|data|temp|tmp|work|projects)\b",
     re.IGNORECASE,
 )
-_IS_PATH = re.compile(r"/[\w.~-]+/[\w.~-].*|~(?:[a-z_][\w-]*)?/\S.*|[A-Za-z]:[\\/].*|\\\\[\w.-]+\\.*", re.DOTALL)
+_IS_PATH = re.compile(r"//?[\w.~-]+/[\w.~-].*|~(?:[a-z_][\w-]*)?/\S.*|[A-Za-z]:[\\/].*|\\\\[\w.-]+\\.*", re.DOTALL)
 _UID = re.compile(r"(?<![\w.])[012](?:\.(?:0|[1-9]\d*)){7,}(?![\w.])")
 _PERSON = re.compile(r"[^\W\d_][^\W\d_'-]+\^[^\W\d_][^\W\d_'-]+")
 _SCAN = re.compile(r".*\.(?:nii|nii\.gz|dcm|nrrd|mha|mhd)", re.IGNORECASE | re.DOTALL)

@@ -31,6 +31,7 @@ from test_hub import QUESTION, answer, embeddings, without_the_package
 from hsenet import HSENetProcessor, read_volume
 from hsenet.adapters import adapter_layout, lora_config, save_adapter
 from hsenet.card_checks import check_model_card
+from hsenet.confidential import Confidential
 from hsenet.digests import model_digest
 from hsenet.fingerprint import store_fingerprint
 
@@ -565,6 +566,7 @@ def clean(folders, clients, tmp_path_factory) -> tuple[Path, tuple[str, ...], di
         (in_json("fingerprint.json", "~/weights/base"), "fingerprint.json", "a local path"),
         (in_card("Trained on `/mnt/archive/ct`."), "README.md", "a local path"),
         (in_card(r"Trained on C:\Users\me\ct."), "README.md", "a local path"),
+        (in_json("config.json", "//archive01/ct"), "config.json", "a local path"),
         (in_record, "run_config.yaml", "a local path"),
         (in_log, "log.jsonl", "a local path"),
         (in_weights, "model-00001-of-", "a local path"),
@@ -593,6 +595,25 @@ def test_planted_leaks_never_arrive_and_are_named(plant, file, kind, hub, client
     assert hub.requests == [] and "models/someone/leaky" not in hub.repositories
     planted = (*CANARIES, USER, str(tmp_path), "0123456789abcdef", "hospital", "listed-1234", "archive", MACHINE)
     assert not [value for value in planted if value in said]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_path"),
+    [
+        *(
+            (f"Trained on `{path}`.", True)
+            for path in ("//nas01/scans/doe", "/fsx/u/doe", "/lscratch2/doe", "/gpfs/a")
+        ),
+        (r"From \\nas01\scans\doe.", True),
+        (json.dumps({"note": r"from \\nas01\scans\doe"}), True),
+        ("See https://nas01/scans/doe, (http://a.org//data/x), hf://datasets/a/b and [b](/datasets/a/b).", False),
+        (r"And/or, 1 // 2/3, a//b/c, // a/b, \\ \alpha\beta, \\d\\w, 5 mm/scratch.", False),
+        (json.dumps({"pattern": r"\d+\w\alpha\beta \S\d"}), False),
+    ],
+)
+def test_what_is_a_path(text, is_path, tmp_path):
+    known = Confidential.around(tmp_path, (), ())
+    assert known.found_in("NOTICE", text.encode()) == (["a local path"] if is_path else [])
 
 
 # Training programs
