@@ -71,7 +71,10 @@ def main(argv: list[str] | None = None) -> int:
             if argv[:1] == [name]:
                 resolve_name(add_options)(command)
         options = vars(parser.parse_args(argv))
-        return options.pop("run")(**options) or 0
+        run = options.pop("run")
+        if run.__module__.startswith("hsenet."):  # `doctor` asks first whether the libraries can be imported
+            resolve_name("hsenet.cli_scan:quiet_libraries")(json=options.get("json", False))
+        return run(**options) or 0
     except UsageError as error:
         parser.error(str(error))
     except ModuleNotFoundError as error:

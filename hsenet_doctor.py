@@ -66,6 +66,9 @@ def run_doctor(model: str | None, *, check: bool, hub: bool, device: str | None,
     if hub:
         take(reach_hub())
     if importable:
+        from hsenet.cli_scan import quiet_libraries
+
+        quiet_libraries(json=True)  # what is found is shown as it is found
         is_whole = take(model_files(model)) if model else True
         if is_whole:
             take(one_by_one("smoke test", lambda: _smoke_test(model, device)))
@@ -285,10 +288,9 @@ def model_files(source: str) -> Iterator[Check]:
 
 
 def _smoke_test(source: str | None, device: str | None) -> str:
-    from hsenet.cli_scan import chosen_device, quiet_libraries
+    from hsenet.cli_scan import chosen_device
     from hsenet.smoke_test import smoke_test
 
-    quiet_libraries(json=True)
     where = chosen_device(device)
     return f"{smoke_test(source, where)} on {where.type}"
 

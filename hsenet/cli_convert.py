@@ -2,14 +2,14 @@
 """`hsenet convert` and `hsenet fingerprint`: options to the functions of conversion, and what became of it."""
 
 import argparse
-import json
+import json as json_format
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from hsenet.conversion import convert_clip
-from hsenet.conversion_output import Report
+from hsenet.conversion_output import REPORT_FILE, Report
 from hsenet.conversion_slices import BIOMEDCLIP_ID, convert_slice_encoder
 from hsenet.fingerprint import FILE, check_fingerprint, store_fingerprint
 from hsenet_command import UsageError
@@ -59,6 +59,7 @@ def _add_kind(kinds, name: str, what: str, run: Callable[..., None]) -> argparse
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: float32)"
     )
+    parser.add_argument("--json", action="store_true", default=False, help="what became of each tensor, as JSON")
     parser.set_defaults(run=run)
     return parser
 
@@ -87,36 +88,39 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
 def add_fingerprint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a saved model")
     parser.add_argument("--check", action="store_true", help="compare with what is stored there, instead of storing")
+    parser.add_argument("--json", action="store_true", help="hash, numbers, versions and difference as JSON")
     parser.set_defaults(run=_run_fingerprint)
 
 
-def _run_clip(**options) -> None:
-    _print(options["output"], convert_clip(**_parsed(options)))
+def _run_clip(*, json: bool, **options) -> None:
+    _print(options["output"], convert_clip(**_parsed(options)), json=json)
 
 
-def _run_slice_encoder(**options) -> None:
-    _print(options["output"], convert_slice_encoder(**_parsed(options)))
+def _run_slice_encoder(*, json: bool, **options) -> None:
+    _print(options["output"], convert_slice_encoder(**_parsed(options)), json=json)
 
 
-def _run_vlm(**options) -> None:
+def _run_vlm(*, json: bool, **options) -> None:
     from hsenet.conversion_vlm import convert_vlm, convert_vlm_adapter  # needs PEFT, which the others do not
 
     if "base" in options:
         if extra := sorted(set(options) - {"source", "output", "base", "lora_alpha"}):
             raise UsageError(f"With --base only the adapter is converted, so these have no use: {', '.join(extra)}.")
-        _print(options["output"], convert_vlm_adapter(**options))
+        _print(options["output"], convert_vlm_adapter(**options), json=json)
     elif "stage2" not in options:
         raise UsageError("Expected --stage2, which has the encoders, or --base, to convert the adapter alone.")
     else:
-        _print(options["output"], convert_vlm(**_parsed(options)))
+        _print(options["output"], convert_vlm(**_parsed(options)), json=json)
 
 
-def _run_fingerprint(folder: str, *, check: bool) -> None:
-    if check:
-        result = check_fingerprint(folder)
+def _run_fingerprint(folder: str, *, check: bool, json: bool) -> None:
+    result = check_fingerprint(folder) if check else store_fingerprint(folder)
+    if json:
+        print(json_format.dumps(result, indent=2))
+    elif check:
         print(f"{result['hash']}: as stored, largest difference {result['largest_difference']:.1e}")
     else:
-        print(store_fingerprint(folder)["hash"])
+        print(result["hash"])
 
 
 def _parsed(options: dict) -> dict:
@@ -126,12 +130,15 @@ def _parsed(options: dict) -> dict:
     if options.get("slice_encoder") == "none":
         options["slice_encoder"] = None
     if "text_config" in options:
-        options["text_config"] = json.loads(Path(options["text_config"]).read_text())
+        options["text_config"] = json_format.loads(Path(options["text_config"]).read_text())
     return options
 
 
-def _print(output: str, report: Report) -> None:
+def _print(output: str, report: Report, *, json: bool) -> None:
+    if json:
+        print((Path(output) / REPORT_FILE).read_text(), end="")
+        return
     print("\n".join([*report.lines(), f"written to {output}"]))
     fingerprint = Path(output) / FILE
     if fingerprint.exists():  # an adapter alone has none
-        print(f"fingerprint {json.loads(fingerprint.read_text())['hash']}")
+        print(f"fingerprint {json_format.loads(fingerprint.read_text())['hash']}")

@@ -17,7 +17,6 @@ from hsenet.cli_scan import (
     base_name,
     chosen_device,
     numbered,
-    quiet_libraries,
     read_options,
     refuse,
     say,
@@ -60,7 +59,6 @@ def _run_embed(
     _check_output(output)
     if output is None and not json and not text and len(scans) < 2:
         raise UsageError("nothing to show: give --text to compare with, more scans, --output or --json")
-    quiet_libraries(json=json)
     where, reading = chosen_device(device), read_options(options)
     embedder = Embedder.load(model, revision)
     embedder.model.to(where)

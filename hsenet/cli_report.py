@@ -20,7 +20,6 @@ from hsenet.cli_scan import (
     chosen_device,
     not_negative,
     numbered,
-    quiet_libraries,
     read_options,
     refuse,
     say,
@@ -109,7 +108,6 @@ def _run(
         raise UsageError(f"--figure shows one scan, got {len(scans)}")
     if output:
         check_output(output, len(scans))
-    quiet_libraries(json=json)
     writer = _load(source, json=json, with_questions=with_questions, **options)
     for question in questions or ():
         prompt_for(writer.processor, question)  # refused before a scan is read

@@ -4,12 +4,14 @@
 import argparse
 import json as json_format
 import logging as python_logging
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -93,11 +95,17 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def quiet_libraries(*, json: bool) -> None:
-    """Bars only for a person who watches; what a library has to warn of is no part of a report."""
+    """
+    Bars only for a person who watches; what a library has to warn of is no part of what a command says.
+
+    Every command begins with it.
+    """
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
     if json or not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # the package's own and the Hub client's too
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when datasets is imported, which is later
 
 
 def say(message: str, *, json: bool) -> None:

@@ -9,7 +9,7 @@ from types import FrameType
 import uvicorn
 
 from hsenet.cli_model import add_generation_model_options, load_as_chosen, with_adapter
-from hsenet.cli_scan import add_read_options, at_least_one, chosen_device, quiet_libraries, read_options, say
+from hsenet.cli_scan import add_read_options, at_least_one, chosen_device, read_options, say
 from hsenet.report_record import NOTICE, public_id
 from hsenet.serving import ScanService, ServingLimits
 from hsenet.serving_app import build_app
@@ -70,7 +70,6 @@ def _run_serve(
 ) -> int:
     api_key = _key(api_key_env, host)
     reading = read_options(options)
-    quiet_libraries(json=False)
     loaded, processor = load_as_chosen(model, chosen_device(device), adapter=adapter, **options)
     if adapter:
         loaded = with_adapter(loaded, adapter)

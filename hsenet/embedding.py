@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import AutoConfig
+from transformers.utils.logging import tqdm
 
 from hsenet.data import VolumeRows
 from hsenet.folder_or_hub import check_model_source

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from transformers.utils.logging import tqdm
 
 from hsenet.digests import content_hash
 from hsenet.scans import read_scan, scan_identity

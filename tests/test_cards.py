@@ -133,11 +133,13 @@ def test_sizes_and_preparation_are_the_models(runs):
         assert f"| {name} | {sha256_of(runs / 'run3' / name)} |" in card.text
 
 
-def test_evaluation_becomes_entries_and_a_table(runs, tmp_path):
+def test_evaluation_becomes_entries_and_a_table(runs, tmp_path, capsys):
     metrics = json.loads((runs / "evaluation/metrics.json").read_text())
     for name, role in (("run2", "stage2"), ("run3", "model")):
         folder = copied(runs, name, tmp_path / name)
-        assert main(["card", str(folder), "--evaluation", str(runs / "evaluation")]) == 0
+        capsys.readouterr()
+        assert main(["card", str(folder), "--evaluation", str(runs / "evaluation"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"written": str(folder / "README.md"), "still_to_do": []}
         card = card_of(folder)
         assert check_model_card(card.content) == [] and PATIENT not in card.content
         values = {result.metric_name: result for result in card.data.eval_results}

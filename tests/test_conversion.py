@@ -483,7 +483,7 @@ def released_trunk(model) -> list[str]:
 
 
 @pytest.mark.parametrize("model_class", [ViTModel, ViTForImageClassification])
-def test_plain_vit(model_class, tmp_path):
+def test_plain_vit(model_class, tmp_path, capsys):
     config = ViTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, image_size=32,
                        patch_size=8, qkv_bias=model_class is ViTModel, layer_norm_eps=1e-6)  # fmt: skip
     original = model_class(config).eval()
@@ -493,7 +493,9 @@ def test_plain_vit(model_class, tmp_path):
     config = json.loads((tmp_path / "source/config.json").read_text())
     assert config.pop("hidden_act") == "gelu"  # transformers' default, which old files leave out
     (tmp_path / "source/config.json").write_text(json.dumps(config))
-    assert run("convert", "vit", tmp_path / "source", tmp_path / "again") == 0
+    capsys.readouterr()
+    assert run("convert", "vit", tmp_path / "source", tmp_path / "again", "--json") == 0
+    assert capsys.readouterr() == ((tmp_path / "again/conversion.json").read_text(), "")
     assert json.loads((tmp_path / "again/config.json").read_text())["hidden_act"] == "gelu"
     slices = pictures(32)
     vit = original if model_class is ViTModel else original.vit

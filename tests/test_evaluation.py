@@ -159,7 +159,7 @@ def test_two_processes_give_the_same_numbers(metrics, workspace):
     assert outputs(workspace / "two") == outputs(workspace / "one")
 
 
-def test_a_run_that_was_cut_off_goes_on(metrics, workspace):
+def test_a_run_that_was_cut_off_goes_on(metrics, workspace, capsys):
     shutil.copytree(workspace / "one", workspace / "resumed")
     parts = sorted(path for path in (workspace / "resumed/parts").rglob("*") if path.is_file())
     for path in parts[::3]:
@@ -167,7 +167,10 @@ def test_a_run_that_was_cut_off_goes_on(metrics, workspace):
     before = {path: path.stat().st_mtime_ns for path in parts[1::3]}
     config = workspace / "resumed.yaml"
     config.write_text(yaml.safe_dump(settings(workspace, "resumed")))
-    assert main(["evaluate", "--config", str(config)]) == 0  # the command line, which runs the same
+    capsys.readouterr()
+    assert main(["evaluate", "--config", str(config), "--json"]) == 0  # the command line, which runs the same
+    out, err = capsys.readouterr()
+    assert out == (workspace / "resumed/metrics.json").read_text() and "held-out studies" in err
     assert outputs(workspace / "resumed") == outputs(workspace / "one")
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 

@@ -1,5 +1,7 @@
 """Loading refuses incomplete checkpoints, and the fingerprint notices changed numbers."""
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -79,6 +81,10 @@ def test_the_same_model_has_the_same_fingerprint(make, tmp_path, capsys):
     assert len(first) == 12
     assert main(["fingerprint", str(tmp_path), "--check"]) == 0
     assert capsys.readouterr().out.startswith(f"{first}: as stored, largest difference 0.0e+00")
+    assert main(["fingerprint", str(tmp_path), "--check", "--json"]) == 0
+    out, err = capsys.readouterr()
+    stored = json.loads((tmp_path / "fingerprint.json").read_text())
+    assert json.loads(out) == {**stored, "largest_difference": 0.0} and err == ""
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - threads if threads < 3 else 1)
     assert check_fingerprint(tmp_path)["hash"] == first

@@ -446,11 +446,18 @@ def test_the_commands_from_a_dataset_to_hits(phantoms, model, index, tmp_path, c
     assert json.loads(capsys.readouterr().out)["ids"] == "kept"
 
 
+def test_what_is_no_terminal_sees_no_bars(phantoms, model, index, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "hsenet_command", "index", model, phantoms, tmp_path / "index"]
+    command += ["--splits", "test", "--cache_dir", index.folder.parent / "cache"]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def test_errors_are_for_people(phantoms, model, index, tmp_path, capsys):
     stage = ["search", str(model)]
     other = save(tmp_path / "other", tiny.clip_model("none"))
     for command, message in (
-        ([*stage, str(index.folder)], "hsenet: Expected a text, a volume or both"),
         ([*stage, str(tmp_path), "--text", TEXT], "hsenet: There is no search index in this folder"),
         (["search", str(other), str(index.folder), "--text", TEXT], "hsenet: The index was made with another model"),
         (["index", str(model), str(phantoms), str(index.folder)], "exists already: remove it"),
@@ -464,6 +471,7 @@ def test_errors_are_for_people(phantoms, model, index, tmp_path, capsys):
         assert main(command) == 1
         captured = capsys.readouterr()
         assert message in captured.err and captured.out == ""
-    with pytest.raises(SystemExit) as stopped:
-        main([*stage, str(index.folder), "--sex", "X"])
-    assert stopped.value.code == 2
+    for options, message in ((["--sex", "X"], "invalid choice"), ([], "nothing to search by")):
+        with pytest.raises(SystemExit, match="2"):
+            main([*stage, str(index.folder), *options])
+        assert message in capsys.readouterr().err

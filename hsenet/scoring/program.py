@@ -267,8 +267,13 @@ def model_indexes(metrics: dict, results: dict[str, list], arguments: Evaluation
     return indexes
 
 
-def evaluate(arguments: EvaluationArguments) -> None:
-    """Scores the models and writes what `train/evaluate.py` lists; each process of a launch calls it."""
+def evaluate(arguments: EvaluationArguments) -> Path | None:
+    """
+    Scores the models and writes what `train/evaluate.py` lists; each process of a launch calls it.
+
+    Returns:
+        `Path`: metrics.json, in the main process.
+    """
     for name in ("stage1", "stage2", "model"):
         if source := getattr(arguments, name):
             check_model_source(source, what=name)
@@ -336,3 +341,4 @@ def evaluate(arguments: EvaluationArguments) -> None:
         write_outputs(output, metrics, results, curves)
     run.wait_for_everyone()
     run.end_training()
+    return output / "metrics.json" if run.is_main_process else None

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from hsenet.collators import ContrastiveCollator
 from hsenet.data import VolumeRows
