@@ -164,7 +164,7 @@ def read_nifti(file: BinaryIO, options: ReadOptions, *, named_nifti: bool) -> Vo
     affine = _nifti_affine(header, affine, options)
     with private_errors("The header of the NIfTI file"):
         scaling = _nifti_scaling(header, options)
-    with private_errors("The voxels of the NIfTI file"):
+    with private_errors("The voxel data of the NIfTI file"):
         voxels = stream.read_voxels(math.prod(shape) * dtype.itemsize, offset)
         stored = voxels.view(dtype).reshape((*frame_shape, -1), order="F")[..., frame]
         array = to_hu(stored, *scaling)
@@ -340,7 +340,7 @@ def read_nrrd(file: BinaryIO, options: ReadOptions) -> Volume:
         dtype = nrrd.read_data(one_voxel, io.BytesIO(bytes(8))).dtype
     check_layout(shape, dtype, "(i, j, k)")
     affine = checked_affine(_nrrd_affine(header))
-    with private_errors("The voxels of the NRRD file"):
+    with private_errors("The voxel data of the NRRD file"):
         file.seek(start + end)
         voxels = _Stream(file, options.max_bytes).read_voxels(math.prod(shape) * dtype.itemsize, 0)
         array = to_hu(voxels.view(dtype).reshape(shape, order="F"), *options.scaling(1.0, 0.0))

@@ -20,6 +20,7 @@ from hsenet.cli_scan import (
     read_options,
     refuse,
     say,
+    with_options,
     without_uid,
 )
 from hsenet.digests import content_hash
@@ -69,7 +70,8 @@ def _run_embed(
             volume, warnings = read_with_warnings(scan, **reading)
         except (HSENetInputError, ImportError) as error:
             refuse(number, len(scans), error, json=False)
-            records.append({"number": number, "error": {"type": type(error).__name__, "message": str(error)}})
+            message = with_options(str(error))
+            records.append({"number": number, "error": {"type": type(error).__name__, "message": message}})
             continue
         for warning in warnings:
             say(f"scan {number}: warning: {warning}", json=json)

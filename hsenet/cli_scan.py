@@ -5,6 +5,7 @@ import argparse
 import json as json_format
 import logging as python_logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -89,9 +90,16 @@ def chosen_device(name: str | None) -> torch.device:
             torch.empty(0, device=name)
             return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here: {reason} Expected cpu or cuda, say.") from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"--device {name} cannot be used here: {reason}. {_usable_devices()}") from None
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def _usable_devices() -> str:
+    if not torch.accelerator.is_available():
+        return "No GPU was found: expected cpu, or leave --device out."
+    kind, count = torch.accelerator.current_accelerator().type, torch.accelerator.device_count()
+    return f"Expected cpu or {kind}, of which {count} can be used, the first as {kind}:0."
 
 
 def quiet_libraries(*, json: bool) -> None:
@@ -123,10 +131,21 @@ def numbered(scans: Iterable[str], *, json: bool) -> Iterator[tuple[int, str]]:
 
 def refuse(number: int, count: int, error: Exception, *, json: bool) -> None:
     """Names the scan by its number: its file name may be a patient's."""
+    message = with_options(str(error))
     if json:
-        content = {"number": number, "error": {"type": type(error).__name__, "message": str(error)}}
+        content = {"number": number, "error": {"type": type(error).__name__, "message": message}}
         print(json_format.dumps(content), flush=True)
-    print(f"hsenet: scan {number} of {count}: {error}", file=sys.stderr, flush=True)
+    print(f"hsenet: scan {number} of {count}: {message}", file=sys.stderr, flush=True)
+
+
+def with_options(message: str) -> str:
+    """What the reader says of its arguments, of the command's options: `hu_check='warn'` is `--hu_check warn`."""
+    value = r"True\b|'(?P<word>[^']*)'|\((?P<first>\w+), (?P<second>\w+)\)|(?P<other>-?\w+)"
+
+    def option(match: re.Match) -> str:
+        return " ".join([f"--{match['name']}", *filter(None, match.group("word", "first", "second", "other"))])
+
+    return re.sub(rf"\b(?P<name>{'|'.join(READ_OPTIONS)})=(?:{value})?", option, message)
 
 
 def base_name(scan: str) -> str:

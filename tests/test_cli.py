@@ -92,6 +92,7 @@ def test_a_fresh_process_reports_scans_and_names_a_broken_one_by_its_number(mode
     assert first["settings"]["seed"] == 0 and first["versions"]["torch"] and NOTICE in first["notice"]
     assert set(first["seconds"]) == {"read", "encode", "write"} and all(first["seconds"].values())
     assert [one["number"] for one in (first, broken, zipped, missing)] == [1, 2, 3, 4]
+    assert broken["error"]["message"].startswith("The voxel data of the NIfTI file is truncated")
     assert broken["error"]["type"] == "CorruptFileError" and missing["error"]["type"] == "MissingFileError"
     errors = [line for line in run.stderr.splitlines() if line.startswith("hsenet: ")]
     assert len(errors) == 2 and errors[0].startswith("hsenet: scan 2 of 4: ") and "scan 4 of 4" in errors[1]
@@ -328,6 +329,41 @@ def test_a_hub_that_does_not_answer_is_one_sentence(scans, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env=nobody, timeout=120)
     assert run.returncode == 1 and run.stdout == ""
     assert run.stderr.count("\n") == 1 and "nor did the Hub answer (ConnectError)" in run.stderr  # and no retries
+
+
+def test_a_device_that_is_not_there_is_said_to_be_missing(model, scans, monkeypatch, capsys):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert main(["report", model, str(scans["nifti"]), "--device", "cuda:77"]) == 1
+    error = capsys.readouterr().err
+    assert "--device cuda:77 cannot be used here" in error and "No GPU was found: expected cpu" in error
+
+
+def test_remedies_of_the_reader_are_options_of_the_command(model, scans, tmp_path, capsys):
+    x, y, z = SPACING[::-1]
+    windowed = tiny.scan().clip(0, 255).astype(np.int16)
+    file = write_nifti(tmp_path / "windowed.nii.gz", windowed.transpose(2, 1, 0), np.diag([-x, -y, z, 1.0]))
+    assert main(["report", model, str(file), *SHORT, "--json"]) == 1
+    out, err = capsys.readouterr()
+    for message in (lines(out)[0]["error"]["message"], err):
+        assert "pass --hu_check warn." in message and "hu_check=" not in message
+
+
+@pytest.mark.parametrize(
+    "said, expected",
+    [
+        ("choose with series=NUMBER, the SeriesInstanceUID or 'largest'", "choose with --series NUMBER, the"),
+        ("pass resample=True to interpolate", "pass --resample to interpolate"),
+        ("pass nan_to=-1000.", "pass --nan_to -1000."),
+        ("hu_source='ct-rate-v1' needs rescale=(slope, intercept): ", "--hu_source ct-rate-v1 needs --rescale slope"),
+        ("Check hu_source= and rescale=; if", "Check --hu_source and --rescale; if"),
+        ("at most 5 are read: raise max_bytes= if that is", "raise --max_bytes if that is"),
+        ("a spacing=3 of its own", "a spacing=3 of its own"),
+    ],
+)
+def test_each_form_of_a_remedy(said, expected):
+    from hsenet.cli_scan import with_options
+
+    assert expected in with_options(said)
 
 
 def test_ctrl_c_ends_without_a_traceback(model, scans, monkeypatch, capsys):
