@@ -1,12 +1,15 @@
 """Being told to end while training: SIGTERM (a scheduler) and SIGINT (Ctrl-C) wait for the end of the step."""
 
 import signal
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 
+T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Others wait here while rank 0 evaluates.
 _TIMEOUT = timedelta(days=1)
@@ -48,6 +51,23 @@ class Interruption:
         received = torch.tensor(self.received)
         dist.all_reduce(received, op=dist.ReduceOp.MAX, group=self.group)
         return int(received)
+
+
+def started(batches: Iterator[T]) -> Iterator[T]:
+    """
+    The same batches; signals wait until there is the first, and with it the loader's workers.
+
+    Until workers leave signals to their parent, torch lets SIGTERM end them, and the run with them. These begin with
+    signals held back; the parent hears of one afterwards.
+    """
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows, where no signal goes to a group of processes
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            first = next(batches)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield first
+    yield from batches
 
 
 def leave_signals_to_parent(worker: int) -> None:

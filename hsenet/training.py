@@ -27,7 +27,7 @@ from hsenet.checkpoints import Checkpoints
 from hsenet.compilation import compile_layers
 from hsenet.continuation import describe_other_layout, kept_settings, refuse_other_run
 from hsenet.data import VolumeRows
-from hsenet.interruption import Interrupted, Interruption, leave_signals_to_parent
+from hsenet.interruption import Interrupted, Interruption, leave_signals_to_parent, started
 from hsenet.progress import Progress
 from hsenet.publishing import open_repository
 from hsenet.run_record import RunLog, begin_record, data_fingerprint, end_record, publishable, write_curves
@@ -238,7 +238,8 @@ class _Run:
         batches = self.accelerator.skip_first_batches(loader, done * accumulation) if done else loader
         _train_mode(self.model)
         mean_loss = 0.0
-        for number, batch in enumerate(with_num_items(batches, self.accelerator)):
+        # Nothing else may hold the batches: their workers end when the loop does, however it ends.
+        for number, batch in enumerate(started(with_num_items(batches, self.accelerator))):
             loss, values = self._micro_batch(batch, number % accumulation)
             mean_loss = mean_loss + loss / accumulation
             if not self.accelerator.sync_gradients:

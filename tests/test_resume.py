@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,6 +193,35 @@ def test_sigterm_saves_at_the_end_of_the_step(workers, cache, undisturbed, tmp_p
     assert run_to_end(cache, tmp_path / "run", loader_workers=workers) == [0]
     assert "Resumed from step-7" in printed(tmp_path / "run")
     assert_is(tmp_path / "run", undisturbed)
+
+
+STARTING_WORKERS = """
+import os, signal, threading, time
+from torch.utils.data import DataLoader
+from hsenet.interruption import Interruption, leave_signals_to_parent, started
+
+def start_slowly(worker):
+    time.sleep(1)
+    leave_signals_to_parent(worker)
+
+def batches_of(loader):
+    yield from loader
+
+if __name__ == "__main__":
+    loader = DataLoader(range(4), num_workers=1, worker_init_fn=start_slowly)
+    with Interruption() as interruption:
+        threading.Timer(0.5, os.killpg, (0, signal.SIGTERM)).start()
+        print(len(list(started(batches_of(loader)))), interruption.agreed())
+"""
+
+
+def test_sigterm_while_workers_start_waits_as_well(tmp_path):
+    """To the whole group, when torch would still let it end a worker."""
+    (tmp_path / "program.py").write_text(STARTING_WORKERS)
+    command = [sys.executable, tmp_path / "program.py"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run(command, env=environment, start_new_session=True, capture_output=True, text=True)
+    assert run.stdout.split() == ["4", "15"], run.stderr
 
 
 def test_one_process_of_two_gets_sigterm_and_both_save(cache, tmp_path):
