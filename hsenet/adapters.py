@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from hsenet.adapter_base import PACKERS, check_base
 from hsenet.checkpoint_files import locate
 from modeling_hsenet import HSENetForConditionalGeneration
 
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PACKERS = "multi_modal_projector"
 PEFT_PREFIX = "base_model.model."  # of PEFT's names, before the model's own
 
 
@@ -88,13 +88,16 @@ def load_adapters(
         `PeftModel`: switch with `set_adapter(name)`, go back to the base with `disable_adapter()`.
 
     Raises:
-        `ValueError`: if an adapter doesn't fit the base or isn't complete; it names the tensors.
+        `ValueError`:
+            If an adapter doesn't fit the base or isn't complete, naming the tensors, or if it is known to have been
+            trained on other weights.
     """
     peft_model, model_class, config = None, type(model), model.config
     for name, source in folders.items():
         folder = locate(source, (ADAPTER_WEIGHTS,), revision)[0]
         with torch.device("meta"):
             _check_complete(name, folder, model_class(config))
+        check_base(peft_model or model, folder, name)
         if peft_model is None:
             peft_model = PeftModel.from_pretrained(model, folder, adapter_name=name)
         else:

@@ -6,6 +6,7 @@ stage 1 lies, and the language model from its own makers. The result is one mode
 LoRA and the adapter in its folder `adapters`.
 """
 
+import shutil
 from pathlib import Path
 from statistics import mode
 
@@ -14,6 +15,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_hsenet import HSENetCLIPConfig, HSENetConfig
+from hsenet.adapter_base import FILE as BASE
+from hsenet.adapter_base import record_base
 from hsenet.adapters import PEFT_PREFIX, adapter_layout, lora_config, merge_lora, save_adapter
 from hsenet.cards import write_model_card
 from hsenet.checkpoint_files import Checkpoint, read_checkpoint
@@ -105,6 +108,7 @@ def convert_vlm(
             report.notes.append(f"without LoRA, which is in adapters/{adapter}: see hsenet.adapters.load_adapters")
         write_model(model.to(dtype), processor, folder, report)
         if adapter is not None:
+            record_base(model, folder / "adapters" / adapter)
             write_model_card(folder / "adapters" / adapter)
     return report
 
@@ -115,7 +119,9 @@ def convert_vlm_adapter(source: str | Path, output: str | Path, *, base: str | P
 
     Args:
         source, output (`str`): the file with packers and LoRA, and the folder to write.
-        base (`str`): folder or Hub id of the base; only its configuration is read.
+        base (`str`):
+            Folder or Hub id of the base. Only its configuration is read, and in a folder what its other adapters have
+            recorded of its weights.
         lora_alpha (`int`): see [`convert_vlm`].
     """
     report = Report("vlm adapter")
@@ -124,6 +130,8 @@ def convert_vlm_adapter(source: str | Path, output: str | Path, *, base: str | P
     )
     with finished_folder(output) as folder:
         save_adapter(tensors, peft_config, folder)
+        if recorded := sorted(Path(base).glob(f"adapters/*/{BASE}")):
+            shutil.copyfile(recorded[0], folder / BASE)
         report.write(folder)
         write_model_card(folder)
     return report

@@ -41,6 +41,7 @@ MODEL_FILES = (
     "additional_chat_templates/*.jinja",
     "adapters/*/adapter_config.json",
     "adapters/*/adapter_model.safetensors",
+    "adapters/*/base.json",
     "adapters/*/conversion.json",
     "fingerprint.json",
     "conversion.json",
@@ -77,6 +78,12 @@ def model_problems(folder: Path, *, same_code: bool = True) -> list[str]:
     Args:
         same_code (`bool`): whether the code that lies beside the weights has to be the installed package's.
     """
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        return [
+            "this is an adapter, which nobody can use without its base: publish the folder of the whole model (stage "
+            "3 leaves one with the adapter merged), or save the base, put the adapter into its folder adapters/NAME, "
+            "and publish that"
+        ]
     if not (folder / "config.json").exists():
         return ["there is no config.json: expected a folder that `save_pretrained` wrote (a dataset needs --dataset)"]
     config = json.loads((folder / "config.json").read_text())

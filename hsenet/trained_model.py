@@ -1,12 +1,15 @@
 # Copyright 2026 The HSENet package authors. Licensed under the Apache License, Version 2.0.
 """What a training program leaves: a folder that loads, with what says what it is, and the same on the Hub."""
 
+from pathlib import Path
+
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from hsenet.arguments import TrainingArguments
 from hsenet.cards import write_model_card
 from hsenet.fingerprint import store_fingerprint
+from hsenet.model_folder import INDEX, SINGLE
 from hsenet.publishing import PublishingError, push_model
 from processing_hsenet import HSENetProcessor
 
@@ -17,6 +20,8 @@ def save_trained(model: PreTrainedModel, processor: HSENetProcessor, arguments: 
 
     The fingerprint loads what was saved once more, in float32 in the CPU's memory, and runs it once.
     """
+    for name in (SINGLE, INDEX):  # of an earlier run: transformers leaves them, and loads the one file first
+        (Path(arguments.output_dir) / name).unlink(missing_ok=True)
     model.save_pretrained(arguments.output_dir, max_shard_size=arguments.max_shard_size)
     processor.save_pretrained(arguments.output_dir)
     store_fingerprint(arguments.output_dir)

@@ -224,5 +224,9 @@ def test_the_command_line_takes_an_adapter(folder, tmp_path, capsys):
     merged = report("merged")
     adapted = report("base", "--adapter", str(folder / "base/adapters/vqa"))
     assert adapted["text"] == merged["text"] != report("base")["text"]
+    for adapter in ("reports", "vqa"):
+        command = ["report", str(folder / "merged"), str(path), "--adapter", str(folder / "base/adapters" / adapter)]
+        assert main(command) == 1
+        assert "was trained on other weights than this model's" in capsys.readouterr().err
     assert adapted["model"]["id"] == "base" and adapted["model"]["adapter"] == "vqa"
     assert adapted["model"]["merged_weights_sha256"] != adapted["model"].get("weights_sha256")

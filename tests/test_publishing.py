@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -428,6 +429,7 @@ def test_a_dry_run_asks_nobody(hub, clients, folders):
     ("breaking", "words"),
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"), "adapters/NAME"),
         (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), "card cannot be written"),
         (lambda folder: (folder / "processor_config.json").unlink(), "processor_config.json is missing"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
@@ -450,6 +452,25 @@ def test_incomplete_folders(breaking, words, hub, clients, folders, tmp_path):
     said = refusal(clients, tmp_path / "model", "someone/incomplete")
     assert words in said and str(tmp_path) not in said
     assert hub.requests == []
+
+
+def test_an_older_folder_is_saved_again_as_documented(clients, folders, tmp_path):
+    """By the page's own lines; the weights stay to the byte, and with them the fingerprint."""
+    [lines] = [
+        textwrap.dedent(code)
+        for code in re.findall(r"^ *```python\n(.*?)```", (ROOT / "docs/publishing.md").read_text(), re.DOTALL | re.M)
+        if "HSENetProcessor.from_pretrained" in code
+    ]
+    folder = Path(shutil.copytree(folders["second"], tmp_path / "model"))
+    store_fingerprint(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    for path in folder.glob("*_hsenet.py"):
+        path.write_text(f"{path.read_text()}\n# of an earlier version\n")
+    assert "not the installed package's" in refusal(clients, folder, "someone/older")
+    done = clients.run(lines.replace("outputs/quickstart/stage3", str(folder)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    push(clients, folder, "someone/older", "--dry_run")
+    assert (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_a_fingerprint_of_other_weights(hub, clients, folders, tmp_path):
@@ -638,6 +659,8 @@ def train(clients: Clients, stage: str, folder: Path, output: str, **settings):
 
 
 def test_training_ends_on_the_hub(hub, clients, parts):
+    (parts / "trained").mkdir()
+    (parts / "trained/model.safetensors").write_bytes(b"of an earlier run")
     done = train(clients, "stage3", parts, "trained", push_to_hub="someone/trained", max_shard_size="200KB")
     assert done.returncode == 0, done.stderr[-3000:]
     repository = hub.repositories["models/someone/trained"]
@@ -649,10 +672,12 @@ def test_training_ends_on_the_hub(hub, clients, parts):
     assert not [name for name in files if name.startswith(("adapter/", "checkpoints/"))]
     for name in [name for name in files if name.endswith(".safetensors")]:
         assert files[name] == (parts / "trained" / name).read_bytes()
-    assert sum(name.startswith("model-00") for name in files) > 3
+    assert sum(name.startswith("model-00") for name in files) > 3 and "model.safetensors" not in files
 
 
 def test_a_failed_upload_loses_no_training(hub, clients, parts):
+    (parts / "kept").mkdir()
+    (parts / "kept/model.safetensors.index.json").write_text("of an earlier run")
     hub.begin(fake_hub.Fault("/commit/", "refuse"))
     done = train(clients, "stage2", parts, "kept", push_to_hub="someone/kept-run", hub_private=False)
     assert done.returncode == 1 and f"hsenet push {parts / 'kept'} someone/kept-run --public" in done.stderr

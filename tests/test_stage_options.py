@@ -2,6 +2,7 @@
 
 import copy
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,11 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from stage_runs import prepare, train
+from stage_runs import ROOT, prepare, train
 from torch._dynamo.utils import counters
 from transformers import AutoModel
 
-from hsenet.adapters import load_adapters
+from hsenet.adapters import load_adapters, merge_adapter
 from hsenet.compilation import compile_layers
 
 
@@ -53,10 +54,26 @@ def test_lora_on_chosen_layers(folder):
     adapter = load_file(folder / "chosen" / "adapter" / "adapter_model.safetensors")
     lora = {name.split(".lora_")[0].rpartition(".")[2]: tensor for name, tensor in adapter.items() if "lora_A" in name}
     assert set(lora) == {"o_proj", "down_proj"} and all(tensor.shape[0] == 4 for tensor in lora.values())
-    base = AutoModel.from_pretrained(folder / "chosen")
-    load_adapters(base, {"reports": folder / "chosen" / "adapter"})
     with pytest.raises(ValueError, match="No layers named q_proj: expected some of down_proj, gate_up_proj, o_proj"):
         train("stage3", folder, "unknown", lora_target_modules=["q_proj", "o_proj"])
+
+
+def test_an_adapter_goes_on_its_base_alone(folder, plain):
+    """In any precision; never on the model that stage 3 has merged it into."""
+    adapters = {"reports": folder / "plain" / "adapter"}
+    program = runpy.run_path(str(ROOT / "train/stage3.py"))
+    parts = {name: str(folder / name) for name in ("stage1", "stage2", "language_model")}
+    arguments = program["ModelArguments"](**parts, packer_window_size=list(tiny.WINDOW))
+    stages = [AutoModel.from_pretrained(folder / name) for name in ("stage1", "stage2")]
+    program["assemble"](*stages, arguments, torch.device("cpu"))[0].save_pretrained(folder / "base")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        model = load_adapters(AutoModel.from_pretrained(folder / "base", dtype=dtype), adapters)
+    merged = merge_adapter(model, "reports").state_dict()
+    for name, tensor in plain[1].items():
+        torch.testing.assert_close(merged[name], tensor)
+    for dtype in (torch.float16, torch.float32):
+        with pytest.raises(ValueError, match="'reports' was trained on other weights.* merged into"):
+            load_adapters(AutoModel.from_pretrained(folder / "plain", dtype=dtype), adapters)
 
 
 def test_fused_optimizer_takes_the_same_steps(folder, plain):

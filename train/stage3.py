@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_hsenet import HSENetConfig
+from hsenet.adapter_base import record_base
 from hsenet.adapters import lora_config
 from hsenet.arguments import DataArguments, TrainingArguments, parse_arguments
 from hsenet.augmentation import VolumeAugmentation
@@ -144,13 +145,13 @@ def with_lora(model: HSENetForConditionalGeneration, arguments: ModelArguments) 
     return get_peft_model(model, lora_config(model, *settings))
 
 
-def merged(model: nn.Module, adapter: Path, assembled: tuple) -> nn.Module:
-    """LoRA in the weights: of a quantised model, in those that it was quantised from."""
+def unquantized(model: PeftModel, adapter: Path, assembled: tuple) -> PeftModel:
+    """With the adapter still apart; of a quantised model, on the weights that it was quantised from."""
     stage1, stage2, arguments, device = assembled
     if arguments.quantization != "none":
         base, _ = assemble(stage1, stage2, replace(arguments, quantization="none"), device)
         model = PeftModel.from_pretrained(base, adapter)
-    return model.merge_and_unload()
+    return model
 
 
 def main(model_arguments: ModelArguments, data: DataArguments, training: TrainingArguments) -> None:
@@ -245,7 +246,9 @@ def main(model_arguments: ModelArguments, data: DataArguments, training: Trainin
     if accelerator.is_main_process:
         adapter = Path(training.output_dir) / "adapter"
         model.save_pretrained(adapter)
-        save_trained(merged(model, adapter, assembled), processor, training)
+        model = unquantized(model, adapter, assembled)
+        record_base(model, adapter)
+        save_trained(model.merge_and_unload(), processor, training)
         write_model_card(adapter)
     accelerator.end_training()
     push_trained(accelerator, training)
