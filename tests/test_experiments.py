@@ -230,6 +230,7 @@ def write_experiment(base: Path, name: str, **changes) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_guidance_from_files_to_table_and_alignment_of_its_arms(base):
     guidance = write_experiment(base, "guidance", score_settings={"gallery_size": 5})
     alignment = write_experiment(base, "alignment")
