@@ -79,8 +79,11 @@ def launch(page: gr.Blocks, **settings) -> Any:
 def sweep(uploads: Path, older_than: float) -> None:
     """Deletes what Gradio forgets: uploads whose connection broke, and those of visitors who have left."""
     for path in uploads.iterdir():
-        if time.time() - path.stat().st_mtime > older_than:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            if time.time() - path.stat().st_mtime > older_than:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except FileNotFoundError:  # read and deleted meanwhile
+            pass
 
 
 def keep_clean(uploads: Path) -> None:

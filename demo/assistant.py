@@ -17,9 +17,10 @@ from viewer import Overlay
 from hsenet import HSENetInputError, Volume
 from hsenet.encoded_scan import EncodedScan, load_generation_model, read_with_warnings
 from hsenet.phantom import nifti_bytes, render_study, sample_study
+from hsenet.report_prompts import REPORT_PROMPTS
 
 
-REPORT_REQUEST = "Can you summarize with findings the images presented?"
+REPORT_REQUEST = REPORT_PROMPTS[0]
 SCAN_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".zip")
 NUM_PHANTOMS, PHANTOM_SEED, PHANTOM_SPACING = 3, 2025, (2.0, 2.0, 4.0)  # mm along x, y, z
 MAX_SAMPLES = 12

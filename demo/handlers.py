@@ -10,8 +10,6 @@ import gradio as gr
 from assistant import Assistant, OpenScan, Wish
 from viewer import PLANES, figure, render
 
-from hsenet import HSENetInputError
-
 
 EMPTY = '<figure class="slice empty"><span>{}</span></figure>'
 MAX_SCAN_BYTES = 2**30
@@ -40,7 +38,7 @@ def open_scan(assistant: Assistant, wish: Wish, **read_options) -> tuple[OpenSca
     """What is wished for, or `None`, and what is said of it; whatever happens, no scan is taken for another."""
     try:
         scan = assistant.fulfil(wish, **read_options)
-    except (HSENetInputError, ValueError) as error:
+    except ValueError as error:  # the reader's words
         return None, _alert("This scan is refused.", str(error))
     except Exception as error:
         log.error("a scan could not be opened: %s", type(error).__name__)  # its words may hold a name

@@ -20,7 +20,6 @@ import zipfile
 from pathlib import Path
 
 import fake_hub
-import nibabel
 import numpy as np
 import pytest
 import tiny
@@ -40,14 +39,8 @@ ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "build" / "test_demo"
 CHROMIUM = os.environ.get("HSENET_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 NAME = "DOE_JANE"
-AFFINE = np.diag([-8.0, -8.0, 10.0, 1.0])
 FIRST, SECOND = "Is there a pericardial effusion?", "Is there a nodule of 12 mm?"
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: install it, or name it in HSENET_CHROMIUM")
-
-
-def write_scan(path: Path, flips: tuple[int, ...] = ()) -> Path:
-    nibabel.save(nibabel.Nifti1Image(np.flip(tiny.scan(), flips).transpose(2, 1, 0), AFFINE), path)
-    return path
 
 
 def build_index(folder: Path) -> tuple[Path, Path]:
@@ -55,8 +48,8 @@ def build_index(folder: Path) -> tuple[Path, Path]:
     model = folder / "clip"
     tiny.clip_model("slices").save_pretrained(model)
     HSENetProcessor(tiny.image_processor(), tiny.tokenizer()).save_pretrained(model)
-    write_scan(folder / "a.nii.gz", (0,))
-    write_scan(folder / "b.nii.gz", (0, 1))
+    tiny.write_scan(folder / "a.nii.gz", (0,))
+    tiny.write_scan(folder / "b.nii.gz", (0, 1))
     rows = [
         'a.nii.gz,one,061Y,"<img src=x onerror=""window.taken=1"">A nodule.",Lung nodule',
         "b.nii.gz,two,,No effusion.,",
@@ -78,11 +71,9 @@ class Site:
         self.uploads.mkdir()
         samples = folder / "samples"
         samples.mkdir()
-        write_scan(samples / "straight.nii.gz")
-        write_scan(samples / "turned.nii.gz", (1,))
-        generator = tiny.generation_model()
-        generator.save_pretrained(model)
-        tiny.processor(generator).save_pretrained(model)
+        tiny.write_scan(samples / "straight.nii.gz")
+        tiny.write_scan(samples / "turned.nii.gz", (1,))
+        tiny.save_generation(model)
         index, index_model = build_index(folder)
         os.environ["GRADIO_TEMP_DIR"] = str(self.uploads)
         settings = {"index": str(index), "index_model": str(index_model), "samples": str(samples)}
@@ -285,7 +276,7 @@ def test_a_report_is_streamed_and_questions_encode_nothing_again(visit, site, tm
     assert len(texts) > 3 and all(later.startswith(text) for text, later in zip(texts, texts[1:], strict=False))
     answers = [visitor.ask(question) for question in (FIRST, SECOND)]
     assert len(site.encoded) == 3
-    file = write_scan(tmp_path / "turned.nii.gz", (1,))
+    file = tiny.write_scan(tmp_path / "turned.nii.gz", (1,))
     expected = [site.says(file, question) for question in (REPORT_REQUEST, FIRST, SECOND)]
     assert [visitor.report(), *answers] == expected and len(set(expected)) == 3
     visitor.keep("report_and_questions")
@@ -296,7 +287,7 @@ def test_an_upload_is_read_and_deleted_and_a_broken_one_refused(visit, site, tmp
     visitor = visit()
     visitor.pick("turned")
     before = visitor.picture_source("axial")
-    visitor.upload(write_scan(tmp_path / f"{NAME}.nii.gz"))
+    visitor.upload(tiny.write_scan(tmp_path / f"{NAME}.nii.gz"))
     visitor.wait_for_other_picture("axial", before)
     assert visitor.page.locator("#samples input:checked").count() == 0  # so that it can be picked again
     assert "10 × 40 × 36 voxels" in visitor.status("voxels")
@@ -347,7 +338,7 @@ def test_two_visitors_at_once_do_not_mix(visit, site, tmp_path):
         visitor.page.get_by_role("button", name="Write report").click()
     flips = {"straight": (), "turned": (1,)}
     expected = {
-        name: site.says(write_scan(tmp_path / f"{name}.nii.gz", turned), REPORT_REQUEST)
+        name: site.says(tiny.write_scan(tmp_path / f"{name}.nii.gz", turned), REPORT_REQUEST)
         for name, turned in flips.items()
     }
     for name, visitor in visitors.items():
@@ -356,7 +347,7 @@ def test_two_visitors_at_once_do_not_mix(visit, site, tmp_path):
         )
     assert expected["straight"] != expected["turned"]
     # Both upload the same file, which Gradio keeps in one place.
-    same = write_scan(tmp_path / f"{NAME}.nii.gz", (2,))
+    same = tiny.write_scan(tmp_path / f"{NAME}.nii.gz", (2,))
     for visitor in visitors.values():
         visitor.pick("straight" if visitor is visitors["turned"] else "turned")
     before = {name: visitor.picture_source("axial") for name, visitor in visitors.items()}

@@ -2,9 +2,9 @@
 
 import threading
 import warnings
+from pathlib import Path
 
 import nibabel
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -17,22 +17,11 @@ QUESTIONS = [
     "Is there a pericardial effusion?",
     "  Is there a nodule of 12 mm in the left lower lobe? ",
 ]
-AFFINE = np.diag([-8.0, -8.0, 10.0, 1.0])
-
-
-def write_scan(path, flips=()):
-    """Bodies that lie differently, to which the tiny model gives different answers."""
-    nibabel.save(nibabel.Nifti1Image(np.flip(tiny.scan(), flips).transpose(2, 1, 0), AFFINE), path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    model = tiny.generation_model()
-    model.save_pretrained(folder)
-    tiny.processor(model).save_pretrained(folder)
-    return str(folder)
+    return str(tiny.save_generation(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +30,8 @@ def loaded(folder):
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory) -> str:
-    return write_scan(tmp_path_factory.mktemp("scan") / "DOE_JANE.nii.gz")
+def file(tmp_path_factory) -> Path:
+    return tiny.write_scan(tmp_path_factory.mktemp("scan") / "DOE_JANE.nii.gz")
 
 
 def plain(model, processor, file, question, **settings) -> str:
@@ -56,7 +45,7 @@ def plain(model, processor, file, question, **settings) -> str:
 )
 def test_answers_are_those_of_generate(loaded, tmp_path, settings):
     model, processor = loaded
-    file = write_scan(tmp_path / "turned.nii.gz", (1,))
+    file = tiny.write_scan(tmp_path / "turned.nii.gz", (1,))
     scan = EncodedScan.read(model, processor, file)
     answers = [scan.ask(question, max_new_tokens=12, **settings) for question in QUESTIONS]
     expected = [plain(model, processor, file, question, max_new_tokens=12, **settings) for question in QUESTIONS]
@@ -141,7 +130,7 @@ def test_leaving_a_stream_ends_the_writing(loaded, file):
 
 
 def test_questions_from_several_threads_do_not_mix(loaded, tmp_path):
-    files = [write_scan(tmp_path / f"{len(flips)}.nii", flips) for flips in ((), (1,), (1, 2))]
+    files = [tiny.write_scan(tmp_path / f"{len(flips)}.nii", flips) for flips in ((), (1,), (1, 2))]
     scans = [EncodedScan.read(*loaded, file) for file in files]
     asked = [(scan, question) for scan in scans for question in QUESTIONS]
     expected = [scan.ask(question, max_new_tokens=8) for scan, question in asked]
@@ -214,7 +203,7 @@ def test_answers_end_with_the_positions_of_the_language_model(file):
 def test_what_it_says_of_the_scan(loaded, tmp_path):
     model, processor = loaded
     path = tmp_path / "DOE_JANE.nii"
-    write_scan(tmp_path / "DOE_JANE.nii.gz")
+    tiny.write_scan(tmp_path / "DOE_JANE.nii.gz")
     (tmp_path / "DOE_JANE.nii.gz").rename(path)  # gzip, other than its name says
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -226,8 +215,8 @@ def test_what_it_says_of_the_scan(loaded, tmp_path):
     assert torch.equal(scan.pixel_values, inputs["pixel_values"][0])
     scores = model(**inputs, output_patch_scores=True).patch_scores[0]
     torch.testing.assert_close(scan.patch_scores, scores)
-    same = EncodedScan.read(model, processor, nibabel.load(write_scan(tmp_path / "other.nii.gz")))
-    other = EncodedScan.read(model, processor, write_scan(tmp_path / "third.nii.gz", (1,)))
+    same = EncodedScan.read(model, processor, nibabel.load(tiny.write_scan(tmp_path / "other.nii.gz")))
+    other = EncodedScan.read(model, processor, tiny.write_scan(tmp_path / "third.nii.gz", (1,)))
     assert scan.sha256 == same.sha256 != other.sha256
 
 

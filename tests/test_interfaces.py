@@ -6,7 +6,6 @@ import re
 import sys
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pytest
 import tiny
@@ -32,12 +31,9 @@ needs_bitsandbytes = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """Widths that 4 bits can hold."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     model = tiny.generation_model(text_config=tiny.text_config(hidden_size=64, intermediate_size=128))
     model.generation_config.eos_token_id = None  # all texts have the same length
-    model.save_pretrained(folder)
-    tiny.processor(model).save_pretrained(folder)
-    return str(folder)
+    return str(tiny.save_generation(tmp_path_factory.mktemp("models") / "tiny", model))
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +44,10 @@ def loaded(folder):
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory) -> list[str]:
     """Two that the model answers differently about."""
-    paths = [tmp_path_factory.mktemp("scans") / name for name in ("scan.nii.gz", "turned.nii.gz")]
-    for path, axes in zip(paths, ((), (1,)), strict=True):
-        array = np.flip(tiny.scan(), axes).transpose(2, 1, 0)
-        nibabel.save(nibabel.Nifti1Image(array, np.diag([-8.0, -8.0, 10.0, 1.0])), path)
-    return list(map(str, paths))
+    folder = tmp_path_factory.mktemp("scans")
+    return [
+        str(tiny.write_scan(folder / name, flips)) for name, flips in (("scan.nii.gz", ()), ("turned.nii.gz", (1,)))
+    ]
 
 
 @pytest.fixture(scope="module")

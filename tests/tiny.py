@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -120,6 +121,21 @@ def scan(seed: int = 0, shape: tuple[int, int, int] = (10, 40, 36)) -> np.ndarra
     array[:, height // 8 : -height // 8, width // 8 : -width // 4] = 40
     array[depth // 3 :, height // 4 : height // 2, width // 4 : width // 2] = -850
     return array + generator.normal(0, 15, shape).astype(np.float32)
+
+
+def write_scan(path: Path, flips: tuple[int, ...] = ()) -> Path:
+    """`scan` as a NIfTI file; bodies that lie differently, to which the tiny model gives different answers."""
+    image = nibabel.Nifti1Image(np.flip(scan(), flips).transpose(2, 1, 0), np.diag([-8.0, -8.0, 10.0, 1.0]))
+    nibabel.save(image, path)
+    return path
+
+
+def save_generation(folder: Path, model: HSENetForConditionalGeneration | None = None) -> Path:
+    """A model that writes with its processor, as `from_pretrained` takes them."""
+    model = model or generation_model()
+    model.save_pretrained(folder)
+    processor(model).save_pretrained(folder)
+    return folder
 
 
 def bert(folder: Path, **changes) -> str:

@@ -11,8 +11,6 @@ import ast
 import shutil
 from pathlib import Path
 
-from huggingface_hub import HfApi
-
 
 MODULES_DIR = Path(__file__).parent / "modules"
 MODULE_NAMES = tuple(sorted(path.parent.name for path in MODULES_DIR.glob("*/*.py")))
@@ -40,8 +38,8 @@ def load(name: str, config_name: str | None = None, **options):
     return evaluate.load(str(_module(name)), config_name, **options)
 
 
-def write_space(name: str, folder: str | Path) -> None:
-    """The files of the Space that `evaluate.load` takes a module from: script, card, requirements, a small app."""
+def write_space(name: str, folder: str | Path) -> list[Path]:
+    """Writes the Space that `evaluate.load` takes a module from: script, card, requirements, a small app."""
     folder, script = Path(folder), _module(name)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(script, folder / script.name)
@@ -50,6 +48,7 @@ def write_space(name: str, folder: str | Path) -> None:
     (folder / "README.md").write_text(head + ast.get_docstring(ast.parse(script.read_text())) + usage)
     (folder / "requirements.txt").write_text("hsenet[eval]\n")
     (folder / "app.py").write_text(APP.format(name=name))
+    return [folder / file for file in (script.name, "README.md", "requirements.txt", "app.py")]
 
 
 def push_module(name: str, repo_id: str, *, folder: str | Path, private: bool = True) -> None:
@@ -57,14 +56,20 @@ def push_module(name: str, repo_id: str, *, folder: str | Path, private: bool = 
     Writes the Space's files to `folder` and uploads them. The script of a Space has the Space's own name.
 
     Args:
-        private (`bool`): of a Space that is made; one that exists stays as it is.
+        private (`bool`):
+            Of a Space that is made; one that exists keeps its visibility. Nothing goes to a public one unless
+            `private=False`.
+
+    Raises:
+        ValueError: the Space's name is not the module's; a [`~hsenet.publication.PublishingError`] if the Hub refuses.
     """
+    from hsenet.publication import Publication  # the metrics themselves do without the models
+    from hsenet.publishing import publish
+
     if repo_id.rpartition("/")[2] != name:
         raise ValueError(f"evaluate takes the script's name from the Space's: expected OWNER/{name}, got {repo_id}.")
-    write_space(name, folder)
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, repo_type="space", folder_path=str(folder))
+    files = {path.name: path for path in write_space(name, folder)}
+    publish(Publication(files, [], ()), repo_id, repo_type="space", private=private, commit_message="Upload metric")
 
 
 def _module(name: str) -> Path:
